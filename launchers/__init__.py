@@ -1,0 +1,1 @@
+"""absl mains: how experiments are started and where they run."""

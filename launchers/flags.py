@@ -1,0 +1,105 @@
+"""The command line that all launchers share: --experiment, --config.* overrides, --help."""
+
+import difflib
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+
+import experiments
+from research import overrides as overrides_lib
+from research.config import ExperimentConfig, settings
+from research.errors import UserError
+
+_overrides: list[tuple[str, str]] = []
+
+
+def experiment_names() -> list[str]:
+  """Returns the names that --experiment takes: the modules of experiments/."""
+  return sorted(module.name for module in pkgutil.iter_modules(experiments.__path__)
+                if not module.ispkg)
+
+
+def load_experiment(name: str) -> ExperimentConfig:
+  """Returns the config of an experiment file; raises UserError naming the nearest."""
+  names = experiment_names()
+  if name not in names:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    raise UserError(f'--experiment={name}: no such experiment; the nearest is {near[0]} '
+                    f'(all: {", ".join(names)})')
+  return importlib.import_module(f'experiments.{name}').get_config()
+
+
+def config_from_flags(name: str) -> ExperimentConfig:
+  """Returns the experiment with the --config.* overrides of the command line applied."""
+  try:
+    return overrides_lib.apply(load_experiment(name), _overrides)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(str(error)) from None
+
+
+def _split(arguments: list[str]) -> list[str]:
+  """Takes --config.path=text (or --config.path text) out of the arguments."""
+  rest, waiting = [], iter(arguments)
+  for argument in waiting:
+    if not argument.startswith('--config.'):
+      rest.append(argument)
+      continue
+    path, equals, text = argument.removeprefix('--config.').partition('=')
+    if not equals:
+      text = next(waiting, None)
+      if text is None:
+        raise UserError(f'{argument} needs a value: {argument}=...')
+    _overrides.append((path, text))
+  return rest
+
+
+def _help(arguments: list[str]) -> str:
+  main = sys.modules['__main__']
+  lines = [(main.__doc__ or '').strip(), '', 'Flags:', flags.FLAGS.get_key_flags_for_module(main)
+           and flags.FLAGS.module_help(main) or '']
+  if 'experiment' in flags.FLAGS:
+    chosen = [a.partition('=')[2] for a in arguments if a.startswith('--experiment=')]
+    name = chosen[-1] if chosen else flags.FLAGS['experiment'].default
+    lines += ['Experiments: ' + ', '.join(experiment_names()), '',
+              f'Settings (--config.<name>=<value>), with the values of {name}:']
+    for row in settings(load_experiment(name)):
+      lines += [f'  {row.path}={row.value}', f'      {row.doc} [{row.kind}]']
+  return '\n'.join(lines)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    if any(a in ('--help', '-help', '-h', '--helpfull') for a in argv[1:]):
+      print(_help(argv))
+      sys.exit(0)
+    return flags.FLAGS(argv[:1] + _split(argv[1:]))
+  except (UserError, flags.Error) as error:
+    fail(error)
+
+
+def fail(error: Exception) -> None:
+  """Prints one sentence and ends the process with code 2."""
+  print(f'error: {error}', file=sys.stderr)
+  sys.exit(2)
+
+
+def run(main: Callable[[], Any]) -> None:
+  """Runs a launcher's main under absl; user errors end it with one sentence and code 2."""
+  def guarded(argv):
+    try:
+      if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}; settings are given as '
+                        '--config.<name>=<value>')
+      main()
+    except UserError as error:
+      fail(error)
+    except KeyboardInterrupt:
+      print('\ninterrupted; repeat the command to resume', file=sys.stderr)
+      sys.exit(130)
+  app.run(guarded, flags_parser=_parse)

@@ -1,0 +1,36 @@
+"""Pretrains a language model, monitors every snapshot for mode-hopping, ends with a report.
+
+  python -m launchers.pretrain --experiment=quickstart
+  python -m launchers.pretrain --experiment=text --config.data.text.paths=a.txt,b.jsonl.zst
+  python -m launchers.pretrain --experiment=quickstart --config.seed=1 --run_dir=runs/seed1
+
+Repeating a command resumes an interrupted run; a finished one prints where its report is.
+On several hosts start the same command on each: --coordinator=auto on Cloud TPU and SLURM, else
+--coordinator=host:port --n_processes=N --process_id=I.
+"""
+
+import pathlib
+
+from absl import flags
+
+from launchers import flags as shared
+from parallelism import distributed
+
+EXPERIMENT = flags.DEFINE_string('experiment', 'quickstart', 'a module of experiments/')
+RUN_DIR = flags.DEFINE_string('run_dir', '', 'where the run is written; default runs/<experiment>')
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', "several hosts: 'auto' (Cloud TPU, SLURM) or host:port of process 0")
+N_PROCESSES = flags.DEFINE_integer('n_processes', 1, 'number of processes, with host:port')
+PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'rank of this process, with host:port')
+
+
+def main() -> None:
+  config = shared.config_from_flags(EXPERIMENT.value)
+  from research.run_dir import RunDir
+  from research.training.loop import train
+  distributed.start(COORDINATOR.value, N_PROCESSES.value, PROCESS_ID.value)
+  train(config, RunDir(RUN_DIR.value or pathlib.Path('runs') / EXPERIMENT.value))
+
+
+if __name__ == '__main__':
+  shared.run(main)

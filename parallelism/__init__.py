@@ -1,0 +1,1 @@
+"""Placement: the mesh, the sharding table, multi-host start-up and hardware facts."""

@@ -1,0 +1,107 @@
+"""The sharding table: which mesh axes split each logical axis, and what follows from it."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Logical axis name -> mesh axes that split it. Parameters are stored split over fsdp and tensor;
+# activations are split over the batch and, inside a layer, over heads and feed-forward width.
+TABLE: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    # Parameters.
+    'layers': (),
+    'embed': ('fsdp',),
+    'mlp': ('tensor',),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'head': (),
+    'vocab': ('tensor',),
+    'experts': (),
+    'positions': (),
+    # Activations.
+    'batch': ('data', 'fsdp'),
+    'length': (),
+    'embed_act': (),
+    'heads_act': ('tensor',),
+    'kv_heads_act': ('tensor',),
+    'mlp_act': ('tensor',),
+    'vocab_act': ('tensor',),
+}
+
+
+def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
+  """Returns the PartitionSpec of an array whose axes carry these logical names."""
+  axes = []
+  for name in names:
+    if name not in TABLE:
+      raise KeyError(f'logical axis {name!r} is not in the sharding table')
+    axes.append(TABLE[name] or None)
+  return PartitionSpec(*axes)
+
+
+def named_sharding(mesh: Mesh, names: tuple[str | None, ...]) -> NamedSharding:
+  """Returns the sharding on `mesh` of an array whose axes carry these logical names."""
+  return NamedSharding(mesh, partition_spec(names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding that keeps a whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(mesh: Mesh):
+  """Returns `f(x, names)`, which pins an activation to the table's sharding inside a jit."""
+  def constrain_to_table(x, names):
+    return jax.lax.with_sharding_constraint(x, named_sharding(mesh, names))
+  return constrain_to_table
+
+
+def parameter_shardings(mesh: Mesh, logical_axes: Any) -> Any:
+  """Returns a tree of NamedSharding for a tree whose leaves are tuples of logical names."""
+  return jax.tree.map(lambda names: named_sharding(mesh, names), logical_axes,
+                      is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def check_divisible(mesh: Mesh, shapes: Any, logical_axes: Any) -> None:
+  """Raises ValueError naming the first parameter axis that its mesh axes do not divide.
+
+  Args:
+    mesh: the mesh.
+    shapes: tree of arrays or ShapeDtypeStruct.
+    logical_axes: same tree, leaves tuples of logical names.
+  """
+  flat_names = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  for (path, leaf), names in zip(jax.tree.leaves_with_path(shapes), flat_names, strict=True):
+    for size, name in zip(leaf.shape, names, strict=True):
+      parts = math.prod(mesh.shape[axis] for axis in TABLE[name])
+      if size % parts:
+        axes = ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in TABLE[name])
+        raise ValueError(f'parameter {path_name(path)}: its {name!r} axis of {size} is not '
+                         f'divided by {axes}')
+
+
+def path_name(path: tuple) -> str:
+  """Returns a key path as dotted text, for instance `blocks.attention.q`."""
+  return jax.tree_util.keystr(path, simple=True, separator='.')
+
+
+def like_parameters(mesh: Mesh, tree: Any, parameters: Any, shardings: Any) -> Any:
+  """Returns shardings for a tree (optimizer state) whose leaves mirror parameters.
+
+  A leaf whose key path ends with a parameter's path and whose shape equals that parameter's
+  takes its sharding; every other leaf (counters, factored moments) is replicated.
+  """
+  known = [(path_name(path).split('.'), leaf.shape) for path, leaf in
+           jax.tree.leaves_with_path(parameters)]
+  targets = jax.tree.leaves(shardings)
+
+  def pick(path, leaf):
+    keys = path_name(path).split('.')
+    for (parameter_keys, shape), sharding in zip(known, targets, strict=True):
+      if keys[-len(parameter_keys):] == parameter_keys and leaf.shape == shape:
+        return sharding
+    return replicated(mesh)
+
+  return jax.tree.map_with_path(pick, tree)

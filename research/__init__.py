@@ -1,0 +1,1 @@
+"""The methods: data, training, monitors, dynamics, reports; where models and parallelism meet."""

@@ -1,0 +1,107 @@
+"""The experiment config: every setting of a run, one frozen tree, and its flat text forms."""
+
+import dataclasses
+import json
+from typing import Annotated as A
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+from models.config import ModelConfig
+from parallelism.mesh import MeshConfig
+from research.data.config import DataConfig
+from research.training.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    EvalConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    StartConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+  """Which items are scored at every snapshot."""
+
+  KIND: ClassVar[str] = 'placement'
+
+  suite: A[str, "'microworld', 'none', or the path of an item file (.jsonl or .parquet)"] = 'none'
+  batch_rows: A[int, 'rows scored at a time, at most'] = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """One run. Identity fields may not change when it is resumed, placement fields may."""
+
+  KIND: ClassVar[str] = 'identity'
+
+  name: A[str, 'name of the experiment; the run directory is runs/<name>', 'placement'] = 'unnamed'
+  seed: A[int, 'seed of initialization and dropout; data has its own'] = 0
+  n_steps: A[int, 'optimizer steps of the whole run'] = 1000
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  start: StartConfig = StartConfig()
+  compute: ComputeConfig = ComputeConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoints: CheckpointConfig = CheckpointConfig()
+  monitors: MonitorConfig = MonitorConfig()
+  evals: EvalConfig = EvalConfig()
+  logging: LoggingConfig = LoggingConfig()
+
+  def __post_init__(self):
+    if self.n_steps < 1:
+      raise ValueError(f'n_steps={self.n_steps} must be at least 1')
+    if self.data.sequence_length > self.model.context_length:
+      raise ValueError(f'data.sequence_length={self.data.sequence_length} is longer than '
+                       f'model.context_length={self.model.context_length}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One leaf of a config tree: dotted path, value, type, kind and what it means."""
+
+  path: str
+  value: Any
+  type: Any
+  kind: str
+  doc: str
+
+
+def settings(config: Any, prefix: str = '') -> list[Setting]:
+  """Returns every leaf setting of a config tree in declaration order."""
+  rows = []
+  hints = get_type_hints(type(config), include_extras=True)
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    path = prefix + field.name
+    hint, doc, kind = hints[field.name], '', config.KIND
+    if get_origin(hint) is A:
+      hint, *notes = get_args(hint)
+      doc, kind = notes[0], (notes[1] if len(notes) > 1 else config.KIND)
+    if dataclasses.is_dataclass(value):
+      rows.extend(settings(value, path + '.'))
+    else:
+      rows.append(Setting(path, value, hint, kind, doc))
+  return rows
+
+
+def as_json(config: Any) -> str:
+  """Returns the nested config as indented JSON."""
+  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def as_text(config: Any) -> str:
+  """Returns one `path = value` line per setting, for reading and for diffs."""
+  return ''.join(f'{row.path} = {row.value!r}\n' for row in settings(config))
+
+
+def differences(old: dict[str, Any], config: Any) -> list[tuple[Setting, Any]]:
+  """Returns the settings whose value differs from the saved nested dict, with the saved value."""
+  changed = []
+  for row in settings(config):
+    saved = old
+    for key in row.path.split('.'):
+      saved = saved.get(key) if isinstance(saved, dict) else None
+    if json.loads(json.dumps(row.value)) != saved:
+      changed.append((row, saved))
+  return changed

@@ -1,0 +1,1 @@
+"""What happened along a trajectory: accuracy curves, swings between modes, control gates."""

@@ -1,0 +1,136 @@
+"""The numbers that the page draws, as one JSON object."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from research.dynamics.analysis import Analysis, Family
+from research.dynamics.controls import ControlState
+from research.reports import words
+from research.reports.records import Records, Series
+
+_MOST_POINTS = 1500  # drawn per curve; more are not visible and make the page slow
+_TRAINING = (  # (title, unit, log scale, [(label, table, key)])
+    ('Loss', 'nats per token', False,
+     (('training', 'metrics', 'loss'), ('held out', 'evals', 'heldout_loss'))),
+    ('Bits per byte', 'held out', False, (('held out', 'evals', 'bits_per_byte'),)),
+    ('Gradient norm', '', True, (('gradient norm', 'metrics', 'grad_norm'),)),
+    ('Learning rate', '', False, (('learning rate', 'metrics', 'learning_rate'),)),
+    ('Tokens per second', '', False, (('tokens per second', 'timings', 'tokens_per_second'),)),
+    ('MFU', 'share of peak', False, (('MFU', 'timings', 'mfu'),)),
+)
+
+
+def build_payload(analysis: Analysis, records: Records) -> dict[str, Any]:
+  """Returns everything that report.js reads; numbers rounded, NaN as None."""
+  stride = max(1, -(-len(analysis.steps) // _MOST_POINTS))
+  steps = analysis.steps[::stride]
+  last = max([records.last_step, records.n_steps or 0, *analysis.steps[-1:].tolist()])
+  tokens = records.tokens_at(np.array([0, *np.linspace(1, last, 200)]))
+  return {
+      'lastStep': last,
+      'recordedStep': max([records.last_step, *analysis.steps[-1:].tolist()]),
+      'isFinished': records.is_finished,
+      'tokens': None if tokens is None else rounded(tokens, 0),
+      'tokenSteps': rounded(np.array([0, *np.linspace(1, last, 200)]), 1),
+      'snapshots': steps.tolist(),
+      'stride': stride,
+      'families': [_family(family, stride) for family in analysis.families],
+      'controls': _controls(analysis.controls, analysis.control_families, stride),
+      'training': _panels(records),
+      'others': _other_panels(records),
+  }
+
+
+def as_script(payload: dict[str, Any]) -> str:
+  """Returns JSON that is safe between script tags."""
+  text = json.dumps(payload, allow_nan=False, separators=(',', ':'))
+  return text.replace('<', '\\u003c').replace('\u2028', '\\u2028').replace('\u2029', '\\u2029')
+
+
+def rounded(values: np.ndarray, digits: int = 4) -> list[float | None]:
+  """Returns a list with `digits` decimals; what is not finite becomes None."""
+  return [round(float(v), digits) if np.isfinite(v) else None for v in values]
+
+
+def significant(values: np.ndarray) -> list[float | None]:
+  """Returns a list with five significant digits; what is not finite becomes None."""
+  return [float(f'{v:.5g}') if np.isfinite(v) else None for v in values]
+
+
+def thinned(series: Series, most: int = _MOST_POINTS) -> dict[str, list]:
+  """Returns steps and values; long series as means of equal bins with their extremes."""
+  steps, values = series.steps, series.values
+  if len(steps) <= most:
+    return {'steps': steps.tolist(), 'values': significant(values)}
+  edges = np.linspace(0, len(steps), most // 2 + 1).astype(int)[:-1]
+  sizes = np.diff([*edges, len(steps)])
+  return {
+      'steps': rounded(np.add.reduceat(steps.astype(np.float64), edges) / sizes, 1),
+      'values': significant(np.add.reduceat(values, edges) / sizes),
+      'low': significant(np.minimum.reduceat(values, edges)),
+      'high': significant(np.maximum.reduceat(values, edges))}
+
+
+def _band(band, stride):
+  return {'mean': rounded(band.mean[::stride]), 'low': rounded(band.low[::stride]),
+          'high': rounded(band.high[::stride])}
+
+
+def _family(family: Family, stride):
+  return {
+      'name': family.name, 'title': words.title(family.name), 'verdict': words.verdict(family)[0],
+      'accuracy': _band(family.accuracy, stride), 'margin': _band(family.margin, stride),
+      'contexts': [
+          {'label': f'{context.dataset}, seed {context.seed} ({context.n_items} items)',
+           'accuracy': rounded(family.accuracy_TC[::stride, i]),
+           'margin': rounded(family.margin_TC[::stride, i])}
+          for i, context in enumerate(family.contexts)],
+      'swings': [
+          {'leave': judged.swing.leave_step, 'arrive': judged.swing.arrive_step,
+           'fromLevel': round(judged.swing.from_level, 4),
+           'toLevel': round(judged.swing.to_level, 4), 'direction': judged.swing.direction,
+           'claimed': judged.claimed, 'isFirstRise': judged.is_first_rise,
+           'isHop': judged.is_after_first_rise}
+          for judged in family.swings]}
+
+
+def _controls(controls: ControlState | None, families, stride):
+  if controls is None:
+    return None
+  curves = {}
+  for family in families:
+    for i, context in enumerate(family.contexts):
+      sums = curves.setdefault(context.dataset, [0., 0])
+      sums[0] = sums[0] + family.accuracy_TC[::stride, i] * context.n_items
+      sums[1] += context.n_items
+  return {
+      'mean': rounded(controls.accuracy[::stride]), 'level': controls.level,
+      'tolerance': controls.tolerance, 'settled': controls.settled_step,
+      'datasets': [{'label': f'{name} ({n} items)', 'accuracy': rounded(total / n)}
+                   for name, (total, n) in sorted(curves.items())]}
+
+
+def _panels(records):
+  panels = []
+  for heading, unit, is_log, wanted in _TRAINING:
+    series = [
+        {'label': label, **thinned(getattr(records, table)[key])}
+        for label, table, key in wanted if key in getattr(records, table)]
+    if series:
+      panels.append({'title': heading, 'unit': unit, 'log': is_log, 'series': series})
+  return panels
+
+
+def _other_panels(records):
+  """Every further number that was recorded and that changed during the run."""
+  shown = {(table, key) for _, _, _, wanted in _TRAINING for _, table, key in wanted}
+  shown |= {('metrics', 'tokens')}
+  panels = []
+  for table in ('metrics', 'evals', 'timings'):
+    for key, series in getattr(records, table).items():
+      if (table, key) not in shown and np.ptp(series.values) > 0:
+        panels.append({'title': words.title(key), 'unit': table, 'log': False,
+                       'series': [{'label': key, **thinned(series)}]})
+  return panels

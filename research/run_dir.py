@@ -1,0 +1,71 @@
+"""Every path that a run writes, and the lock that keeps a run directory to one process."""
+
+import fcntl
+import os
+import pathlib
+
+from research.errors import UserError
+
+
+class RunDir:
+  """The layout of a run directory; attributes are pathlib.Path, nothing is created on access."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self.config_json = self.path / 'config.json'
+    self.config_txt = self.path / 'config.txt'
+    self.manifest_json = self.path / 'manifest.json'
+    self.params_txt = self.path / 'params.txt'
+    self.tokenizer_json = self.path / 'tokenizer.json'
+    self.metrics_jsonl = self.path / 'metrics.jsonl'
+    self.evals_jsonl = self.path / 'evals.jsonl'
+    self.timings_jsonl = self.path / 'timings.jsonl'
+    self.tensorboard = self.path / 'tensorboard'
+    self.checkpoints = self.path / 'checkpoints'
+    self.snapshots = self.path / 'snapshots'
+    self.monitors = self.path / 'monitors'
+    self.monitor_items = self.monitors / 'items.parquet'
+    self.monitor_scores = self.monitors / 'scores'
+    self.report_html = self.path / 'report.html'
+    self.figures = self.path / 'figures'
+    self.done = self.path / 'DONE'
+    self._lock_path = self.path / '.lock'
+    self._lock = None
+
+  def lock(self) -> None:
+    """Takes the directory for this process until it ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    self.path.mkdir(parents=True, exist_ok=True)
+    lock = open(self._lock_path, 'a+', encoding='utf-8')
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      lock.seek(0)
+      owner = lock.read().strip() or 'unknown'
+      lock.close()
+      raise UserError(f'--run_dir={self.path} is in use by process {owner}; wait for it or choose '
+                      'another directory') from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    self._lock = lock
+
+  def unlock(self) -> None:
+    """Gives the directory back."""
+    if self._lock is not None:
+      self._lock.close()
+      self._lock = None
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes text to path so that a reader sees the old file or the new one, never a part."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
+  with open(temporary, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)

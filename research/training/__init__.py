@@ -1,0 +1,1 @@
+"""The training loop, its compiled step, optimizers, checkpoints, snapshots and logs."""

@@ -1,0 +1,121 @@
+"""Settings of the optimizer, the compiled step, checkpoints, evaluation and logging."""
+
+import dataclasses
+from typing import Annotated as A
+from typing import ClassVar
+
+OPTIMIZERS = ('adamw', 'muon', 'adafactor', 'lion', 'sgd')
+SCHEDULES = ('constant', 'cosine', 'wsd', 'linear', 'inverse_sqrt')
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+  if value not in allowed:
+    raise ValueError(f'{field}={value!r} must be one of {", ".join(allowed)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The optimizer, its learning-rate schedule and what surrounds the update."""
+
+  KIND: ClassVar[str] = 'identity'
+
+  name: A[str, 'adamw, muon, adafactor, lion or sgd'] = 'adamw'
+  peak_lr: A[float, 'learning rate after warm-up'] = 1e-3
+  schedule: A[str, 'constant, cosine, wsd, linear or inverse_sqrt, after linear warm-up'] = 'cosine'
+  warmup_steps: A[int, 'steps of linear warm-up from zero'] = 100
+  decay_fraction: A[float, 'wsd: share of all steps spent in the final linear decay'] = 0.2
+  final_lr_fraction: A[float, 'learning rate at the end, as a share of peak_lr'] = 0.0
+  b1: A[float, 'decay of the first moment (sgd: momentum)'] = 0.9
+  b2: A[float, 'decay of the second moment'] = 0.95
+  eps: A[float, 'added to the root of the second moment'] = 1e-8
+  weight_decay: A[float, 'decoupled decay of matrices, times the learning rate'] = 0.1
+  decay_embeddings: A[bool, 'decay embedding and unembedding too; norms and biases never'] = False
+  clip_norm: A[float, 'largest global gradient norm; 0 turns clipping off'] = 1.0
+  moment_dtype: A[str, 'dtype of the first moment: float32 or bfloat16'] = 'float32'
+  ema_decay: A[float, 'decay of the moving average of the parameters; 0 keeps none'] = 0.0
+  z_weight: A[float, 'weight of the squared log-partition term of the loss'] = 0.0
+
+  def __post_init__(self):
+    _one_of('optimizer.name', self.name, OPTIMIZERS)
+    _one_of('optimizer.schedule', self.schedule, SCHEDULES)
+    _one_of('optimizer.moment_dtype', self.moment_dtype, ('float32', 'bfloat16'))
+    for field in ('b1', 'b2', 'ema_decay'):
+      if not 0 <= getattr(self, field) < 1:
+        raise ValueError(f'optimizer.{field}={getattr(self, field)} must lie in [0, 1)')
+    for field in ('peak_lr', 'warmup_steps', 'weight_decay', 'clip_norm', 'z_weight'):
+      if getattr(self, field) < 0:
+        raise ValueError(f'optimizer.{field}={getattr(self, field)} must not be negative')
+    if not 0 < self.decay_fraction <= 1:
+      raise ValueError(f'optimizer.decay_fraction={self.decay_fraction} must lie in (0, 1]')
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How the compiled step cuts up its work; resolved once, recorded in the manifest, reused."""
+
+  KIND: ClassVar[str] = 'placement'
+
+  microbatch_tokens: A[int, 'tokens per micro-batch and data replica inside the step; 0 chooses '
+                       'by platform and width (CPU: what stays in cache; else the whole batch)'] = 0
+  loss_chunk: A[int, 'tokens whose logits exist at one time'] = 1024
+  matmul_precision: A[str, "precision of f32 matmuls: 'default', 'high' or 'highest'"] = 'default'
+
+  def __post_init__(self):
+    _one_of('compute.matmul_precision', self.matmul_precision, ('default', 'high', 'highest'))
+    if self.microbatch_tokens < 0 or self.loss_chunk < 1:
+      raise ValueError('compute.microbatch_tokens must be >= 0 and compute.loss_chunk >= 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When state is saved: full checkpoints to resume from, dense snapshots to analyze."""
+
+  KIND: ClassVar[str] = 'placement'
+
+  every: A[int, 'steps between full checkpoints'] = 1000
+  keep: A[int, 'latest full checkpoints that stay on disk; 0 keeps all'] = 2
+  snapshot_every: A[int, 'steps between parameter snapshots, each of them monitored; 0: none'] = 20
+  snapshot_dtype: A[str, 'dtype in which snapshots are stored and scored: float32 or '
+                    'bfloat16'] = 'float32'
+
+  def __post_init__(self):
+    if self.every < 1:
+      raise ValueError(f'checkpoints.every={self.every} must be at least 1')
+    if self.keep < 0 or self.snapshot_every < 0:
+      raise ValueError('checkpoints.keep and checkpoints.snapshot_every must not be negative')
+    _one_of('checkpoints.snapshot_dtype', self.snapshot_dtype, ('float32', 'bfloat16'))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Held-out loss during training."""
+
+  KIND: ClassVar[str] = 'placement'
+
+  every: A[int, 'steps between held-out evaluations; 0: only at the end'] = 100
+  n_batches: A[int, 'batches of held-out rows per evaluation'] = 4
+
+  def __post_init__(self):
+    if self.every < 0 or self.n_batches < 1:
+      raise ValueError('evals.every must be >= 0 and evals.n_batches >= 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+  """What the run says while it works."""
+
+  KIND: ClassVar[str] = 'placement'
+
+  progress_seconds: A[float, 'seconds between progress lines when output is not a terminal'] = 10.0
+  tensorboard: A[bool, 'write TensorBoard events beside metrics.jsonl'] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+  """Where the parameters come from when not from initialization."""
+
+  KIND: ClassVar[str] = 'identity'
+
+  run_dir: A[str, "a run directory whose checkpoint this run starts from; '' initializes"] = ''
+  step: A[int, 'the step of that checkpoint; -1 is its last'] = -1
+  optimizer: A[bool, 'take over the optimizer state too, else it starts fresh'] = False

@@ -1,0 +1,296 @@
+"""The run: one linear loop from a config and a run directory to a finished report."""
+
+import errno
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from models.counting import flops_per_token, parameter_counts
+from parallelism import hardware
+from parallelism.mesh import make_mesh
+from parallelism.sharding import path_name
+from research import build as build_lib
+from research import config as config_lib
+from research.config import ExperimentConfig
+from research.data.batches import batches, make_source
+from research.errors import UserError
+from research.monitors.watch import Watch
+from research.reports.report import build_report
+from research.run_dir import RunDir, write_whole
+from research.training import manifest as manifest_lib
+from research.training import snapshots as snapshots_lib
+from research.training.checkpoints import Checkpoints
+from research.training.logs import JsonLines, Progress, TensorBoard, duration
+from research.training.snapshots import SnapshotReader, SnapshotWriter
+
+
+def train(config: ExperimentConfig, run_dir: RunDir) -> None:
+  """Runs the experiment to its end, from wherever the run directory stands.
+
+  Args:
+    config: what to run.
+    run_dir: where it is written; an unfinished run in it is resumed, a finished one is reported.
+
+  Raises:
+    UserError: bad input, a changed identity setting, a directory in use, a full disk.
+  """
+  try:
+    mesh = make_mesh(config.mesh)
+    numerics = build_lib.resolve_numerics(config, mesh)
+    build_lib.build(config, mesh, numerics)  # Refuses what does not fit before anything is written.
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  source = make_source(config.data, config.n_steps, run_dir.path / 'cache')
+  _check_vocabulary(config, source.tokenizer)
+  run_dir.lock()
+  try:
+    if run_dir.done.exists():
+      manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash)
+      print(f'finished already: {run_dir.report_html.resolve()}')
+      return
+    _train(config, run_dir, mesh, numerics, source)
+  except Exception as error:
+    if _disk_full(error):
+      raise UserError(
+          f'no space left on the disk of {run_dir.path}; everything up to its last whole checkpoint '
+          'is safe: free some space and repeat the command') from error
+    raise
+  finally:
+    run_dir.unlock()
+
+
+def _train(config, run_dir, mesh, numerics, source) -> None:
+  checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
+  restored = checkpoints.steps[-1] if checkpoints.steps else None
+  manifest = _open_manifest(config, run_dir, source, numerics, restored)
+  built = build_lib.build(config, mesh, manifest['numerics'])
+  if restored is None:
+    state, position = _start(built, config), {'step': 0, 'tokens': 0}
+  else:
+    state, position = checkpoints.restore(restored, built.abstract_state)
+    print(f'resuming {run_dir.path} at step {restored} of {config.n_steps}', flush=True)
+  first = position['step']
+  kept = -1 if restored is None else first  # What was written after this step is written again.
+  _describe(run_dir, config, built, manifest)
+
+  metrics_log = JsonLines(run_dir.metrics_jsonl, kept)
+  evals_log = JsonLines(run_dir.evals_jsonl, kept)
+  timings_log = JsonLines(run_dir.timings_jsonl, kept)
+  board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
+  snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
+                             kept)
+  watch = Watch(config, source.tokenizer, built, run_dir, kept)
+  heldout = _heldout_batches(config, source, built)
+  progress = Progress(config.n_steps, first, config.logging.progress_seconds)
+  train_step, eval_step = built.train_step(), built.eval_step()
+  peak, _ = hardware.peak_flops(mesh.size)
+  flops = flops_per_token(config.model, config.data.sequence_length)
+  facts = {name: manifest['hashes'][name] for name in ('data', 'tokenizer')}
+  clock = _Clock()
+
+  def record(step: int, metrics: dict[str, jax.Array]) -> None:
+    """Writes the row of a step that has been dispatched; waits until it is done."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    position['tokens'] += int(values.pop('batch_tokens'))
+    row = {'step': step, 'tokens': position['tokens'], **values}
+    seconds, phases = clock.lap()
+    rate = config.data.batch_size * config.data.sequence_length / seconds
+    timing = {'step': step, 'seconds': seconds, 'tokens_per_second': rate,
+              'mfu': rate * flops / peak, **phases}
+    metrics_log.append(row)
+    timings_log.append(timing)
+    if board:
+      board.write('train', row)
+      board.write('timing', timing)
+    progress.update(step, row['loss'], rate, timing['mfu'], watch.n_swings)
+
+  def observe(step: int, state) -> None:
+    """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint."""
+    last = step == config.n_steps
+    every = config.checkpoints.snapshot_every
+    if every and (step % every == 0 or last):
+      with clock.phase('save_seconds'):
+        stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
+        snapshots.write(step, stored)
+      with clock.phase('monitor_seconds'):
+        summary = watch.score(step, stored)
+        if board and summary:
+          board.write('monitors', {'step': step, **summary})
+    if heldout and (last or (config.evals.every and step % config.evals.every == 0)):
+      with clock.phase('eval_seconds'):
+        row = {'step': step, **_heldout_loss(eval_step, state.params, heldout)}
+        evals_log.append(row)
+        if board:
+          board.write('heldout', row)
+    if step and (step % config.checkpoints.every == 0 or last):
+      with clock.phase('save_seconds'):
+        snapshots.wait()
+        checkpoints.save(step, state, {**position, 'step': step}, facts)
+
+  if restored is None:
+    observe(0, state)
+  stream = batches(source, config.data.batch_size, first, built.local_rows(), prefetch=4)
+  waiting = None
+  for step in range(first + 1, config.n_steps + 1):
+    with clock.phase('data_seconds'):
+      batch = built.place_batch(next(stream))
+    state, metrics = train_step(state, batch)
+    if waiting:
+      record(*waiting)
+    waiting = (step, metrics)
+    if _due(config, step):
+      record(*waiting)
+      waiting = None
+      observe(step, state)
+  if waiting:
+    record(*waiting)
+
+  snapshots.close()
+  checkpoints.close()
+  for log in (metrics_log, evals_log, timings_log, board):
+    if log:
+      log.close()
+  _finish(run_dir, config, manifest, clock)
+
+
+def _due(config: ExperimentConfig, step: int) -> bool:
+  cadences = (config.checkpoints.snapshot_every, config.checkpoints.every, config.evals.every)
+  return step == config.n_steps or any(every and step % every == 0 for every in cadences)
+
+
+class _Clock:
+  """Wall time per step and, inside it, per phase."""
+
+  def __init__(self):
+    self.began = self._lap = time.perf_counter()
+    self._phases: dict[str, float] = {}
+
+  def phase(self, name: str):
+    """Returns a context manager that adds its duration to phase `name` of the current step."""
+    return _Phase(self._phases, name)
+
+  def lap(self) -> tuple[float, dict[str, float]]:
+    """Returns (seconds of compute, seconds of each phase) since the last lap.
+
+    Phases other than waiting for data are taken out of the step's own seconds.
+    """
+    now = time.perf_counter()
+    phases = dict(self._phases)
+    self._phases.clear()
+    outside = sum(seconds for name, seconds in phases.items() if name != 'data_seconds')
+    seconds, self._lap = max(now - self._lap - outside, 1e-9), now
+    return seconds, phases
+
+
+class _Phase:
+
+  def __init__(self, phases, name):
+    self._phases, self._name = phases, name
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+
+  def __exit__(self, *unused):
+    spent = time.perf_counter() - self._start
+    self._phases[self._name] = self._phases.get(self._name, 0.0) + spent
+
+
+def _check_vocabulary(config: ExperimentConfig, tokenizer) -> None:
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise UserError(f'model.vocab_size={config.model.vocab_size} is smaller than the tokenizer\'s '
+                    f'{tokenizer.vocab_size}; set --config.model.vocab_size={tokenizer.vocab_size}')
+
+
+def _start(built: build_lib.Build, config: ExperimentConfig):
+  """Returns the state at step 0, with parameters of another run where the config says so."""
+  state = built.init_state()
+  if not config.start.run_dir:
+    return state
+  parent = Checkpoints(RunDir(config.start.run_dir).checkpoints)
+  step = parent.steps[-1] if config.start.step < 0 and parent.steps else config.start.step
+  if step not in parent.steps:
+    raise UserError(f'start.run_dir={config.start.run_dir} has no checkpoint of step '
+                    f'{config.start.step}; it has {parent.steps}')
+  saved, _ = parent.restore(step, built.abstract_state)
+  parent.close()
+  optimizer = saved.optimizer if config.start.optimizer else state.optimizer
+  ema = jax.tree.map(jax.numpy.copy, saved.params) if state.ema else {}
+  return state._replace(params=saved.params, optimizer=optimizer, ema=ema)
+
+
+def _open_manifest(config, run_dir, source, numerics, restored) -> dict[str, Any]:
+  """Returns the manifest with this start recorded; refuses a changed identity."""
+  manifest, changes = manifest_lib.read(run_dir), {}
+  if manifest is None:
+    manifest = {'experiment': config.name, 'numerics': numerics, 'starts': [],
+                'hashes': {'data': source.hash, 'tokenizer': source.tokenizer.hash},
+                'parent': {'run_dir': config.start.run_dir, 'step': config.start.step},
+                'data': source.facts()}
+  else:
+    changes = manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash)
+    for change in manifest_lib.machine_changes(manifest):
+      print(f'note: bits may differ from an uninterrupted run, {change}', flush=True)
+    if any(path.split('.')[0] in ('mesh', 'compute', 'model') for path in changes):
+      manifest['numerics'] = numerics
+  manifest['starts'].append(manifest_lib.start_facts(restored or 0, changes))
+  write_whole(run_dir.config_json, config_lib.as_json(config))
+  write_whole(run_dir.config_txt, config_lib.as_text(config))
+  source.tokenizer.save(run_dir.tokenizer_json)
+  manifest_lib.write(run_dir, manifest)
+  return manifest
+
+
+def _describe(run_dir, config, built, manifest) -> None:
+  """Writes params.txt and the model's size and mesh into the manifest, and says them."""
+  counts = parameter_counts(config.model)
+  lines = [f'{path_name(path)}  {leaf.shape}  {leaf.dtype}  {leaf.sharding.spec}\n'
+           for path, leaf in jax.tree.leaves_with_path(built.params)]
+  write_whole(run_dir.params_txt, ''.join(lines))
+  manifest['mesh'] = dict(built.mesh.shape)
+  manifest['model'] = {
+      'parameters': counts.total, 'active_parameters': counts.active,
+      'flops_per_token': flops_per_token(config.model, config.data.sequence_length)}
+  manifest_lib.write(run_dir, manifest)
+  print(f'{config.name}: {counts.total:,} parameters, {config.n_steps:,} steps of '
+        f'{config.data.batch_size * config.data.sequence_length:,} tokens on mesh '
+        f'{dict(built.mesh.shape)}; writing to {run_dir.path}', flush=True)
+
+
+def _heldout_batches(config, source, built) -> list:
+  """Returns the fixed held-out batches, placed on the mesh; at most evals.n_batches."""
+  rows, size = source.heldout_rows(), config.data.batch_size
+  n_batches = min(config.evals.n_batches, len(rows) // size)
+  placed = []
+  for k in range(n_batches):
+    mine = [rows[k * size + row] for row in built.local_rows()]
+    placed.append(built.place_batch(
+        {name: np.stack([row[name] for row in mine]) for name in mine[0]}))
+  return placed
+
+
+def _heldout_loss(eval_step, params, heldout) -> dict[str, float]:
+  nats = sum(float(np.sum(eval_step(params, batch), dtype=np.float64)) for batch in heldout)
+  tokens = sum(float(batch['loss_mask'].sum()) for batch in heldout)
+  return {'heldout_loss': nats / tokens, 'heldout_tokens': tokens}
+
+
+def _finish(run_dir, config, manifest, clock) -> None:
+  manifest['seconds_last_start'] = time.perf_counter() - clock.began
+  manifest_lib.write(run_dir, manifest)
+  report = build_report(run_dir)
+  write_whole(run_dir.done, json.dumps({'step': config.n_steps}) + '\n')
+  print(f'{config.name}: done in {duration(manifest["seconds_last_start"])}')
+  print(f'report: {report.resolve()}', flush=True)
+
+
+def _disk_full(error: BaseException | None) -> bool:
+  """Returns whether an error, or one that caused it, says that the disk is full."""
+  while error is not None:
+    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or (
+        'No space left on device' in str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
