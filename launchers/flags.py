@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import experiments
 from research import overrides as overrides_lib
@@ -92,6 +92,7 @@ def fail(error: Exception) -> None:
 def run(main: Callable[[], Any]) -> None:
   """Runs a launcher's main under absl; user errors end it with one sentence and code 2."""
   def guarded(argv):
+    logging.set_verbosity(logging.WARNING)
     try:
       if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; settings are given as '

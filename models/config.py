@@ -118,9 +118,7 @@ class ModelConfig:
   mlp: A[str, "'swiglu', 'geglu' (tanh gelu), 'gelu', 'gelu_tanh' or 'xielu'"] = 'swiglu'
   norm: A[str, "'rmsnorm' or 'layernorm'"] = 'rmsnorm'
   norm_eps: A[float, 'added to the variance'] = 1e-6
-  norm_placement: A[
-    str, "'pre': x + f(norm x); 'post': x + norm(f x); 'sandwich': both"
-  ] = 'pre'
+  norm_placement: A[str, "'pre': x + f(norm x); 'post': x + norm(f x); 'sandwich': both"] = 'pre'
   qk_norm: A[str, "'none', 'head' (each head) or 'projection' (all heads together)"] = 'none'
   qkv_bias: A[bool, 'biases on the query, key and value projections'] = False
   out_bias: A[bool, 'bias on the attention output projection'] = False
@@ -151,6 +149,13 @@ class ModelConfig:
       _require_choice(f'model.{field}', getattr(self, field), choices)
     _check_sizes(self)
     _check_positions(self)
+    _require(
+      not self.moe.n_experts or self.mlp in ('swiglu', 'geglu'),
+      f"model.mlp={self.mlp!r} has no gate; experts need 'swiglu' or 'geglu'",
+    )
+    _require(
+      not self.moe.n_experts or not self.mlp_bias, 'model.mlp_bias=True but experts have no biases'
+    )
     _require(len(self.layer_pattern) > 0, 'model.layer_pattern is empty; it names layer kinds')
     for kind in self.layer_pattern:
       _require_choice('model.layer_pattern entry', kind, LAYER_KINDS)

@@ -67,15 +67,19 @@ class Build:
         config, self.graphdef, self.optimizer, schedule(config.optimizer, config.n_steps),
         self.n_micro)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    return self._in_mesh(jax.jit(step, donate_argnums=0, out_shardings=(
+    return self.in_mesh(jax.jit(step, donate_argnums=0, out_shardings=(
         shardings, sharding.replicated(self.mesh))))
 
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""
-    return self._in_mesh(jax.jit(step_lib.make_eval_step(self.config, self.graphdef),
+    return self.in_mesh(jax.jit(step_lib.make_eval_step(self.config, self.graphdef),
                                  out_shardings=sharding.replicated(self.mesh)))
 
-  def _in_mesh(self, function):
+  def in_mesh(self, function):
+    """Returns the function run under this mesh and the configured matmul precision.
+
+    Its `lower(*arguments)` lowers a jitted function in the same surroundings.
+    """
     def call(*arguments):
       with jax.set_mesh(self.mesh), jax.default_matmul_precision(
           self.config.compute.matmul_precision):
@@ -87,6 +91,11 @@ class Build:
     with jax.set_mesh(self.mesh), jax.default_matmul_precision(
         self.config.compute.matmul_precision):
       return function.lower(*arguments)
+
+  def place_params(self, values: Any) -> Any:
+    """Returns host arrays laid out like the parameters, in their own dtype."""
+    return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values,
+                        self.params)
 
   def local_rows(self) -> list[int]:
     """Returns the rows of a batch that this process feeds, ascending."""

@@ -6,6 +6,9 @@ import pathlib
 
 from research.errors import UserError
 
+# Tokenized text, shared by runs; data.cache_dir names another place.
+CACHE = pathlib.Path.home() / '.cache' / 'modehop'
+
 
 class RunDir:
   """The layout of a run directory; attributes are pathlib.Path, nothing is created on access."""

@@ -23,6 +23,7 @@ class Source(Protocol):
   tokenizer: Tokenizer
   hash: str  # of the content, hex
   n_rows: int | None  # in one epoch; None: rows never repeat
+  start_id: int | None  # token before the first of a document; None: there is none
 
   def row(self, j: int) -> Row:
     """tokens_L, targets_L, segment_ids_L, positions_L (int32) and loss_mask_L (float32)."""
@@ -77,7 +78,8 @@ def _check_schedule(schedule, field: str, n_steps: int) -> None:
       raise DataError(f'{field}[{i}] starts at step {start:g}, after the last of {n_steps} steps')
 
 
-def batch_at(source: Source, batch_size: int, step: int, rows: Sequence[int] | None = None) -> Batch:
+def batch_at(source: Source, batch_size: int, step: int,
+             rows: Sequence[int] | None = None) -> Batch:
   """Batch of one step: tokens, targets, segment_ids, positions, loss_mask, each [B, L].
 
   `rows` says which rows of the batch are wanted, in order (a host asks for its own); None: all.
@@ -103,9 +105,26 @@ def batches(source: Source, batch_size: int, start_step: int, rows: Sequence[int
   return iter(dataset.to_iter_dataset(options))
 
 
+def heldout_batches(source: Source, batch_size: int, n_batches: int,
+                    rows: Sequence[int] | None = None) -> list[Batch]:
+  """At most n_batches batches of held-out rows, evenly spaced over all of them.
+
+  The last batch is filled up with rows of padding, which no loss counts. `rows` as in `batch_at`.
+  """
+  heldout = source.heldout_rows()
+  n_wanted = min(n_batches * batch_size, len(heldout))
+  chosen = [heldout[i * len(heldout) // n_wanted] for i in range(n_wanted)]
+  if chosen:
+    padding = {name: np.zeros_like(values) for name, values in chosen[0].items()}
+    chosen += [padding] * (-n_wanted % batch_size)
+  wanted = range(batch_size) if rows is None else rows
+  return [stack_rows([chosen[first + int(r)] for r in wanted])
+          for first in range(0, len(chosen), batch_size)]
+
+
 def window_documents(source: Source, batch_size: int, first_step: int,
                      last_step: int) -> Iterator[dict[str, Any]]:
-  """Every document of steps [first_step, last_step), in order, with its step and row in the batch."""
+  """Every document of steps [first_step, last_step) in order, with step and row of the batch."""
   for step in range(first_step, last_step):
     for r in range(batch_size):
       for document in source.documents(step * batch_size + r):

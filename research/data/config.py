@@ -76,7 +76,8 @@ class TokensConfig:
     _check_mixture('data.tokens', self.paths, self.weights, self.schedule)
     _check_fraction('data.tokens', self.heldout_fraction)
     if self.tokenizer == 'bpe':
-      raise DataError("data.tokens.tokenizer='bpe' cannot be trained on tokens; give a tokenizer.json")
+      raise DataError(
+        "data.tokens.tokenizer='bpe' cannot be trained on tokens; name a tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class DataConfig:
   microworld: A[MicroworldConfig, "used by kind='microworld'"] = MicroworldConfig()
   text: A[TextConfig, "used by kind='text'"] = TextConfig()
   tokens: A[TokensConfig, "used by kind='tokens'"] = TokensConfig()
-  cache_dir: A[str, 'folder of tokenized text; empty: the folder the caller names', 'placement'] = ''
+  cache_dir: A[str, 'folder of tokenized text; empty: the one the caller names', 'placement'] = ''
 
   def __post_init__(self):
     if self.kind not in ('microworld', 'text', 'tokens'):

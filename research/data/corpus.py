@@ -1,4 +1,4 @@
-"""The source of rows over token streams: mixture, shuffling by epoch, held-out rows, description."""
+"""The source of rows over token streams: mixture, shuffling by epoch, held-out rows, documents."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -62,14 +62,19 @@ class CorpusSource:
     for i, (component, ends) in enumerate(zip(components, self._rows, strict=True)):
       if ends[-1] == 0:
         n_tokens = sum(len(shard) for shard in component.train)
-        raise DataError(f'{field}.paths[{i}]={component.name} has {n_tokens} training tokens, fewer '
-                        f'than the {order.sequence_length + 1} of one row')
+        raise DataError(f'{field}.paths[{i}]={component.name} has {n_tokens} training tokens, '
+                        f'fewer than the {order.sequence_length + 1} of one row')
     self.n_rows = int(sum(ends[-1] for ends in self._rows))
     schedule = order.schedule or WeightSchedule([(0, tuple(float(e[-1]) for e in self._rows))])
     self._mixture = Mixture(schedule, order.batch_size, order.seed)
     self._shuffled = [
       grain.MapDataset.range(int(ends[-1])).seed(_seed_of(order.seed, i)).shuffle().repeat()
       for i, ends in enumerate(self._rows)]
+
+  @property
+  def start_id(self) -> int:
+    """Token that stands before the first of a document."""
+    return self.tokenizer.eos_id
 
   def row(self, j: int) -> Row:
     """Row j: tokens_L, targets_L, segment_ids_L, positions_L (int32), loss_mask_L (float32)."""
@@ -96,7 +101,8 @@ class CorpusSource:
       for shard in component.heldout:
         if shard.documents is None or (shard.documents[:, 2] < 0).any():
           raise DataError(f'{component.name}: the held-out text is unknown or not restored exactly '
-                          "by its tokenizer; bits per byte need data.kind='text' and a lossless one")
+                          "by its tokenizer; bits per byte need data.kind='text' and a lossless "
+                          'tokenizer')
         for d, (file, number, n_bytes) in enumerate(shard.documents):
           start, end = shard.span(d)
           ids = np.asarray(shard.tokens[start:end])

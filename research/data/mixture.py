@@ -7,7 +7,6 @@ window); a source's rows are used in its own order, so none repeats before its e
 
 import bisect
 import functools
-import math
 
 import numpy as np
 
@@ -109,5 +108,5 @@ class Mixture:
     seen += largest_remainder(self._schedule.weights[-1], self._window)
     if (wanted & (seen == 0)).any():
       source = int(np.flatnonzero(wanted & (seen == 0))[0])
-      raise DataError(f'source {source} of the mixture has a positive weight but so small a one that '
-                      f'it gets no row in {self._window} rows; raise it or set it to 0')
+      raise DataError(f'source {source} of the mixture has so small a positive weight that it '
+                      f'gets no row in {self._window} rows; raise it or set it to 0')

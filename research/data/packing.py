@@ -14,8 +14,8 @@ def make_row(chunk: np.ndarray, eos_id: int, length: int, pad_id: int) -> Row:
   """Row of `length` tokens from a chunk of at most length + 1 tokens of a stream.
 
   Returns:
-    tokens_L, targets_L int32; segment_ids_L int32, from 1, 0 where padded; positions_L int32, from 0
-    at the start of the row and of every segment; loss_mask_L float32, 0 where padded.
+    tokens_L, targets_L int32; segment_ids_L int32, from 1, 0 where padded; positions_L int32,
+    from 0 at the start of the row and of every segment; loss_mask_L float32, 0 where padded.
   """
   n = len(chunk) - 1
   row = {name: np.zeros(length, np.int32) for name in ('segment_ids_L', 'positions_L')}

@@ -61,8 +61,9 @@ def checked_dtype(path: pathlib.Path, tokenizer: Tokenizer) -> np.dtype:
     raise DataError(f"{beside} must be an object with 'tokenizer_hash' and 'dtype': {error!r}"
                     ) from error
   if made_by != tokenizer.hash:
-    raise DataError(f'{path} was made with tokenizer {str(made_by)[:12]}, but data.tokens.tokenizer '
-                    f'is {tokenizer.hash[:12]}; name the tokenizer.json that made it')
+    raise DataError(f'{path} was made with tokenizer {str(made_by)[:12]}, but '
+                    f'data.tokens.tokenizer is {tokenizer.hash[:12]}; '
+                    'name the tokenizer.json that made it')
   if dtype not in _DTYPES:
     raise DataError(f'{beside}: dtype {dtype!r} is none of {", ".join(_DTYPES)}')
   return np.dtype(dtype)
@@ -79,7 +80,7 @@ def open_stream_file(path: pathlib.Path, tokenizer: Tokenizer) -> np.ndarray:
   else:
     try:
       tokens = np.load(path, mmap_mode='r', allow_pickle=False)
-    except ValueError as error:
+    except (EOFError, ValueError) as error:
       raise DataError(f'{path} is not a readable .npy file: {error}') from error
     if tokens.ndim != 1 or tokens.dtype != dtype:
       raise DataError(f'{path} holds {tokens.dtype}{list(tokens.shape)}, not the one-dimensional '

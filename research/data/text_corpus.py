@@ -82,8 +82,8 @@ def _tokenizer(name: str) -> Tokenizer:
 
 def _require_eos(tokenizer: Tokenizer, field: str, name: str) -> None:
   if tokenizer.eos_id is None:
-    raise DataError(f'{field}={name} has no end-of-text token, which stands between documents; name '
-                    'it as eos_token in a tokenizer_config.json beside it')
+    raise DataError(f'{field}={name} has no end-of-text token, which stands between documents; '
+                    'name it as eos_token in a tokenizer_config.json beside it')
 
 
 def _text_tokenizer(text: TextConfig, files: Files, key: str, cache_dir: pathlib.Path) -> Tokenizer:
@@ -125,7 +125,8 @@ class _TextWriter:
 def _cached_component(name: str, folder: pathlib.Path, tokenizer: Tokenizer,
                       files: Sequence[pathlib.Path], hashes: Sequence[str]) -> Component:
   paths = [str(f) for f in files]
-  parts = {part: open_stream(folder, part, tokenizer.eos_id, paths) for part in ('train', 'heldout')}
+  parts = {part: open_stream(folder, part, tokenizer.eos_id, paths)
+           for part in ('train', 'heldout')}
   facts = {'files': [
     {'path': path, 'sha256': sha256[:64], 'bytes': files[f].stat().st_size,
      **{f'{part}_bytes': _text_bytes(shard, f) for part, shard in parts.items()}}

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import pathlib
+import zlib
 
 import pyarrow
 import pyarrow.parquet
@@ -102,9 +103,10 @@ def _decompressed(path: pathlib.Path) -> bytes:
     if path.suffix == '.gz':
       return gzip.decompress(raw)
     if path.suffix == '.zst':
-      with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(raw), read_across_frames=True) as z:
-        return z.read()
-  except (OSError, EOFError, gzip.zlib.error, zstandard.ZstdError) as error:
+      unpacker = zstandard.ZstdDecompressor()
+      with unpacker.stream_reader(io.BytesIO(raw), read_across_frames=True) as stream:
+        return stream.read()
+  except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
     raise DataError(f'{path} is not a whole {path.suffix} file: {error}') from error
   return raw
 

@@ -48,7 +48,8 @@ class TokenShard:
   def __init__(self, tokens: np.ndarray, eos_id: int, files: list[str],
                documents: np.ndarray | None = None):
     """`documents` int64 [n_documents, 3] gives file, number in the file and bytes, if known."""
-    self.tokens, self.eos_id, self.files, self.documents = tokens, eos_id, files, documents
+    self.tokens = tokens.view(np.ndarray)  # slicing a np.memmap costs more than reading it
+    self.eos_id, self.files, self.documents = eos_id, files, documents
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -153,6 +154,6 @@ def open_stream(folder: pathlib.Path, name: str, eos_id: int, files: list[str]) 
   try:
     tokens = np.load(folder / f'{name}.npy', mmap_mode='r')
     documents = np.load(folder / f'{name}_documents.npy')
-  except (OSError, ValueError) as error:
+  except (OSError, EOFError, ValueError) as error:
     raise DataError(f'cache entry {folder} is damaged ({error}); delete it') from error
   return TokenShard(tokens, eos_id, files, documents)

@@ -25,7 +25,8 @@ _PIECE = 1 << 20  # characters: longest text handed over at once while training
 class Tokenizer:
   """Text to token ids and back.
 
-  Special tokens are never read out of text: '<|eos|>' inside a document is plain characters.
+  Byte-level tokenizers never read special tokens out of text: '<|eos|>' inside a document is
+  plain characters.
 
   Attributes:
     vocab_size: ids are below it.

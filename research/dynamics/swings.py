@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 THRESHOLD = 0.4  # accuracy between the two extremes of a swing
+LEAST_SNAPSHOTS = 4  # below this no swing can be seen: two levels, held for two each
 _ROUNDING = 1e-9  # 0.7 - 0.3 is 0.39999999999999997 in float64
 
 
@@ -53,7 +54,7 @@ def find_swings(
   steps = np.asarray(steps, np.int64)
   accuracy = np.asarray(accuracy, np.float64)
   _check(steps, accuracy, threshold)
-  if len(steps) < 4:
+  if len(steps) < LEAST_SNAPSHOTS:
     return ()
   held_high = np.minimum(accuracy[:-1], accuracy[1:])
   held_low = np.maximum(accuracy[:-1], accuracy[1:])

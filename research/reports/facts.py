@@ -60,7 +60,9 @@ def _rows(tree, wanted):
 def _plain(value):
   if isinstance(value, (list, tuple)):
     return ' '.join(str(part) for part in value)
-  return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
+  if isinstance(value, bool):
+    return 'yes' if value else 'no'
+  return f'{value:,}' if isinstance(value, int) else str(value)
 
 
 def _progress(records):

@@ -10,21 +10,21 @@ from research.dynamics.controls import ControlState
 from research.reports import words
 from research.reports.records import Records, Series
 
-_MOST_POINTS = 1500  # drawn per curve; more are not visible and make the page slow
-_TRAINING = (  # (title, unit, log scale, [(label, table, key)])
-    ('Loss', 'nats per token', False,
+MOST_POINTS = 1500  # drawn per curve; more are not visible and make the page slow
+_TRAINING = (  # (title, unit, vertical axis, [(label, table, key)])
+    ('Loss', 'nats per token', 'free',
      (('training', 'metrics', 'loss'), ('held out', 'evals', 'heldout_loss'))),
-    ('Bits per byte', 'held out', False, (('held out', 'evals', 'bits_per_byte'),)),
-    ('Gradient norm', '', True, (('gradient norm', 'metrics', 'grad_norm'),)),
-    ('Learning rate', '', False, (('learning rate', 'metrics', 'learning_rate'),)),
-    ('Tokens per second', '', False, (('tokens per second', 'timings', 'tokens_per_second'),)),
-    ('MFU', 'share of peak', False, (('MFU', 'timings', 'mfu'),)),
+    ('Bits per byte', 'held out', 'free', (('held out', 'evals', 'bits_per_byte'),)),
+    ('Gradient norm', 'log scale', 'log', (('gradient norm', 'metrics', 'grad_norm'),)),
+    ('Learning rate', '', 'zero', (('learning rate', 'metrics', 'learning_rate'),)),
+    ('Tokens per second', '', 'zero', (('tokens per second', 'timings', 'tokens_per_second'),)),
+    ('MFU', 'share of peak', 'zero', (('MFU', 'timings', 'mfu'),)),
 )
 
 
 def build_payload(analysis: Analysis, records: Records) -> dict[str, Any]:
   """Returns everything that report.js reads; numbers rounded, NaN as None."""
-  stride = max(1, -(-len(analysis.steps) // _MOST_POINTS))
+  stride = max(1, -(-len(analysis.steps) // MOST_POINTS))
   steps = analysis.steps[::stride]
   last = max([records.last_step, records.n_steps or 0, *analysis.steps[-1:].tolist()])
   tokens = records.tokens_at(np.array([0, *np.linspace(1, last, 200)]))
@@ -59,7 +59,7 @@ def significant(values: np.ndarray) -> list[float | None]:
   return [float(f'{v:.5g}') if np.isfinite(v) else None for v in values]
 
 
-def thinned(series: Series, most: int = _MOST_POINTS) -> dict[str, list]:
+def thinned(series: Series, most: int = MOST_POINTS) -> dict[str, list]:
   """Returns steps and values; long series as means of equal bins with their extremes."""
   steps, values = series.steps, series.values
   if len(steps) <= most:
@@ -114,12 +114,12 @@ def _controls(controls: ControlState | None, families, stride):
 
 def _panels(records):
   panels = []
-  for heading, unit, is_log, wanted in _TRAINING:
+  for heading, unit, axis, wanted in _TRAINING:
     series = [
         {'label': label, **thinned(getattr(records, table)[key])}
         for label, table, key in wanted if key in getattr(records, table)]
     if series:
-      panels.append({'title': heading, 'unit': unit, 'log': is_log, 'series': series})
+      panels.append({'title': heading, 'unit': unit, 'axis': axis, 'series': series})
   return panels
 
 
@@ -131,6 +131,6 @@ def _other_panels(records):
   for table in ('metrics', 'evals', 'timings'):
     for key, series in getattr(records, table).items():
       if (table, key) not in shown and np.ptp(series.values) > 0:
-        panels.append({'title': words.title(key), 'unit': table, 'log': False,
+        panels.append({'title': words.title(key), 'unit': table, 'axis': 'free',
                        'series': [{'label': key, **thinned(series)}]})
   return panels

@@ -4,17 +4,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from research.dynamics.analysis import LEAST_CONTEXTS, LEAST_ITEMS, Analysis, Family
+from research.dynamics.analysis import (
+    LEAST_CONTEXTS,
+    LEAST_CONTROL_ITEMS,
+    LEAST_ITEMS,
+    Analysis,
+    Family,
+)
+from research.dynamics.swings import LEAST_SNAPSHOTS
 from research.reports.records import Records
 
-_NOTES = {
-    'flipped': 'The demonstrations carry flipped labels: follow them, or the memorized mapping.',
-    'repetitive': 'All demonstrations share one answer; the test item needs another.',
-    'successive': "The demonstrations' answers run in sequence; the test item breaks it.",
-    'truthy': 'The demonstrations look true or false; the test item is a surprising truth.',
-    'intuitive': 'A question with a tempting first answer and a different right one.',
-    'multi': 'The answer needs facts that are spread over the context.',
-    'persona': 'The answer needs facts that are spread over the context.',
+_NOTES = {  # short enough for one line of a panel
+    'flipped': 'Labels are flipped in context: follow, or recall?',
+    'repetitive': 'Answers all agree, the test breaks it.',
+    'successive': 'Answers run in sequence, the test breaks it.',
+    'truthy': 'Demonstrations look true or false, tests surprise.',
+    'intuitive': 'A tempting first answer against the right one.',
+    'multi': 'The answer joins facts from across the context.',
+    'persona': 'The answer joins facts from across the context.',
 }
 
 
@@ -71,8 +78,10 @@ def level_kind(family: Family) -> str:
 
 def verdict(family: Family) -> tuple[str, str]:
   """Returns (kind, words) of one family: 'hopping', 'rose', 'generalizing', ..."""
+  if len(family.accuracy.mean) < LEAST_SNAPSHOTS:
+    return 'early', 'too early to say'
   if family.hops:
-    return 'hopping', f'{count(len(family.hops), "swing")} after its first rise'
+    return 'hopping', count(len(family.hops), 'hop')
   if family.first_rise:
     return 'rose', f'rose by step {family.first_rise.swing.arrive_step:,} and stayed'
   if family.swings:
@@ -88,7 +97,7 @@ def headline(analysis: Analysis) -> str:
     return 'No monitor scored this run, so nothing can be said about hopping.'
   if not analysis.families:
     return 'Only controls were scored in this run, so nothing can be said about hopping.'
-  if len(analysis.steps) < 4:
+  if len(analysis.steps) < LEAST_SNAPSHOTS:
     return (f'{count(len(analysis.steps), "snapshot")} so far: too few to see a swing '
             '(its two levels are held for two snapshots each).')
   hopping = [f for f in analysis.families if counted_hops(f) and f.is_large_enough]
@@ -107,7 +116,7 @@ def remarks(analysis: Analysis, records: Records) -> list[str]:
   said = []
   if records.n_steps and not records.is_finished:
     said.append(f'The run is in progress: step {records.last_step:,} of {records.n_steps:,}.')
-  said += _other_families(analysis) if len(analysis.steps) >= 4 else []
+  said += _other_families(analysis) if len(analysis.steps) >= LEAST_SNAPSHOTS else []
   if len(analysis.steps) and analysis.families:
     said.append(control_sentence(analysis))
   restless = sum(j.claimed is False for f in analysis.families for j in f.hops)
@@ -126,15 +135,18 @@ def control_sentence(analysis: Analysis) -> str:
   controls = analysis.controls
   if controls is None:
     return 'There are no controls, so no swing can be claimed.'
+  few = ''
+  if controls.n_items < LEAST_CONTROL_ITEMS:
+    few = f' They are only {count(controls.n_items, "item")}; a gate needs {LEAST_CONTROL_ITEMS:,}.'
   points = f'{100 * controls.tolerance:.1f} points of {100 * controls.level:.1f}%'
   if controls.settled_step is None:
-    return f'The controls never came within {points}.'
+    return f'The controls never came within {points}.{few}'
   outside = controls.outside_steps
   if not outside:
     return (f'Controls calm: {count(controls.n_items, "item")} within {points} from step '
-            f'{controls.settled_step:,} on.')
+            f'{controls.settled_step:,} on.{few}')
   return (f'Controls restless: after they settled at step {controls.settled_step:,}, '
-          f'{count(len(outside), "snapshot")} beyond {points}, the first at step {outside[0]:,}.')
+          f'{count(len(outside), "snapshot")} beyond {points}, the first at step {outside[0]:,}.{few}')
 
 
 def _other_families(analysis):

@@ -15,16 +15,16 @@ from parallelism.sharding import path_name
 from research import build as build_lib
 from research import config as config_lib
 from research.config import ExperimentConfig
-from research.data.batches import batches, make_source
+from research.data.batches import batches, heldout_batches, make_source
 from research.errors import UserError
 from research.monitors.watch import Watch
 from research.reports.report import build_report
-from research.run_dir import RunDir, write_whole
+from research.run_dir import CACHE, RunDir, write_whole
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
 from research.training.checkpoints import Checkpoints
 from research.training.logs import JsonLines, Progress, TensorBoard, duration
-from research.training.snapshots import SnapshotReader, SnapshotWriter
+from research.training.snapshots import SnapshotWriter
 
 
 def train(config: ExperimentConfig, run_dir: RunDir) -> None:
@@ -43,7 +43,7 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
     build_lib.build(config, mesh, numerics)  # Refuses what does not fit before anything is written.
   except ValueError as error:
     raise UserError(str(error)) from error
-  source = make_source(config.data, config.n_steps, run_dir.path / 'cache')
+  source = make_source(config.data, config.n_steps, CACHE)
   _check_vocabulary(config, source.tokenizer)
   run_dir.lock()
   try:
@@ -82,8 +82,9 @@ def _train(config, run_dir, mesh, numerics, source) -> None:
   board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
-  watch = Watch(config, source.tokenizer, built, run_dir, kept)
-  heldout = _heldout_batches(config, source, built)
+  watch = Watch(config, source.tokenizer, source.start_id, built, run_dir, kept)
+  heldout = [built.place_batch(batch) for batch in heldout_batches(
+      source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
   progress = Progress(config.n_steps, first, config.logging.progress_seconds)
   train_step, eval_step = built.train_step(), built.eval_step()
   peak, _ = hardware.peak_flops(mesh.size)
@@ -228,7 +229,7 @@ def _open_manifest(config, run_dir, source, numerics, restored) -> dict[str, Any
     manifest = {'experiment': config.name, 'numerics': numerics, 'starts': [],
                 'hashes': {'data': source.hash, 'tokenizer': source.tokenizer.hash},
                 'parent': {'run_dir': config.start.run_dir, 'step': config.start.step},
-                'data': source.facts()}
+                'start_id': source.start_id, 'data': source.facts()}
   else:
     changes = manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash)
     for change in manifest_lib.machine_changes(manifest):
@@ -257,18 +258,6 @@ def _describe(run_dir, config, built, manifest) -> None:
   print(f'{config.name}: {counts.total:,} parameters, {config.n_steps:,} steps of '
         f'{config.data.batch_size * config.data.sequence_length:,} tokens on mesh '
         f'{dict(built.mesh.shape)}; writing to {run_dir.path}', flush=True)
-
-
-def _heldout_batches(config, source, built) -> list:
-  """Returns the fixed held-out batches, placed on the mesh; at most evals.n_batches."""
-  rows, size = source.heldout_rows(), config.data.batch_size
-  n_batches = min(config.evals.n_batches, len(rows) // size)
-  placed = []
-  for k in range(n_batches):
-    mine = [rows[k * size + row] for row in built.local_rows()]
-    placed.append(built.place_batch(
-        {name: np.stack([row[name] for row in mine]) for name in mine[0]}))
-  return placed
 
 
 def _heldout_loss(eval_step, params, heldout) -> dict[str, float]:

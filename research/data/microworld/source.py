@@ -38,6 +38,7 @@ class MicroworldSource:
   """
 
   n_rows = None
+  start_id = None  # documents begin with their first word
 
   def __init__(
       self, config: MicroworldConfig, *, sequence_length: int, batch_size: int, seed: int):

@@ -1,0 +1,1 @@
+"""Owns measurements of a model on held-out data and benchmarks."""

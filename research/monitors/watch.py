@@ -1,0 +1,126 @@
+"""The monitors of one run: which items it watches, their scores by snapshot, its hops so far."""
+
+import collections
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from research.build import Build
+from research.config import ExperimentConfig
+from research.data.tokenizers import Tokenizer
+from research.dynamics.swings import after_first_rise, find_swings
+from research.monitors import table
+from research.monitors.items import MonitorItem, read_items
+from research.monitors.microworld_items import microworld_items
+from research.monitors.scoring import Scorer, Scores
+from research.run_dir import RunDir
+from research.training.snapshots import SnapshotReader, cast
+
+
+def suite_items(config: ExperimentConfig) -> list[MonitorItem]:
+  """Returns the items that monitors.suite names; raises UserError if the file is bad."""
+  if config.monitors.suite == 'none':
+    return []
+  if config.monitors.suite == 'microworld':
+    return microworld_items(config.data.microworld, config.data.sequence_length)
+  return read_items(config.monitors.suite)
+
+
+def make_scorer(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None, built: Build,
+                items: list[MonitorItem]) -> Scorer:
+  """Returns the scorer of `items` for the model of a build, rows spread over its data axes.
+
+  `start_id` is the token that stood before every document in training, None where none did.
+  """
+  replicas = built.mesh.shape['data'] * built.mesh.shape['fsdp']
+  return Scorer(items, tokenizer, built.graphdef, context_length=config.model.context_length,
+                batch_rows=config.monitors.batch_rows, row_multiple=replicas,
+                start_id=start_id,
+                constrain=built.constrain)
+
+
+def score_snapshot(scorer: Scorer, built: Build, stored: Any) -> Scores:
+  """Returns the scores of the values that a snapshot stores; the one way, in training and after.
+
+  Args:
+    scorer: of the suite.
+    built: the model and its mesh.
+    stored: parameter tree in the snapshot's dtype, on the mesh.
+  """
+  return built.in_mesh(scorer.score)(cast(stored, 'float32'))
+
+
+class Watch:
+  """Scores every snapshot while training runs, and keeps count of hops."""
+
+  def __init__(self, config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None,
+               built: Build, run_dir: RunDir, kept: int):
+    """Loads what was scored up to step `kept` and removes what was scored after it.
+
+    Raises UserError when the suite cannot be read or does not fit the model.
+    """
+    self.items = suite_items(config)
+    self._built, self._folder = built, run_dir.monitor_scores
+    self._scorer = make_scorer(config, tokenizer, start_id, built, self.items) if self.items else None
+    self._steps: list[int] = []
+    self._accuracy: dict[str, list[float]] = collections.defaultdict(list)
+    for step in table.score_steps(self._folder):
+      path = self._folder / table.scores_name(step)
+      if step > kept or not self.items:
+        path.unlink()
+      else:
+        self._remember(step, table.read_scores(path)[1])
+    if self._scorer:
+      table.write_item_table(run_dir.monitor_items, self.items, self._scorer.encoded)
+
+  @property
+  def n_swings(self) -> int:
+    """Swings so far after each family's first rise, over all families but the controls."""
+    return sum(
+        len(after_first_rise(find_swings(np.array(self._steps), np.array(accuracy))))
+        for accuracy in self._accuracy.values() if len(accuracy) > 2)
+
+  def score(self, step: int, stored: Any) -> dict[str, float]:
+    """Writes the scores of a snapshot; returns the accuracy of every dataset."""
+    if not self._scorer:
+      return {}
+    scores = score_snapshot(self._scorer, self._built, stored)
+    table.write_scores(self._folder, step, scores)
+    return table.dataset_accuracy(self._remember(step, scores))
+
+  def _remember(self, step: int, scores: Scores) -> list[table.ContextSummary]:
+    rows = table.summary(self.items, step, scores)
+    right, total = collections.Counter(), collections.Counter()
+    for row in rows:
+      if not row.is_control:
+        right[row.family] += row.accuracy * row.n_items
+        total[row.family] += row.n_items
+    self._steps.append(step)
+    for family, n_items in total.items():
+      self._accuracy[family].append(right[family] / n_items)
+    return rows
+
+
+def rescore(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None, built: Build,
+            run_dir: RunDir, steps: list[int]):
+  """Yields (step, scores) of stored snapshots, computed as in training.
+
+  Args:
+    config: the run's config.
+    tokenizer: the run's tokenizer.
+    start_id: the token before every document in training, or None.
+    built: its model on a mesh.
+    run_dir: where the snapshots are.
+    steps: which of them.
+  """
+  items = table.read_item_table(run_dir.monitor_items)
+  scorer = make_scorer(config, tokenizer, start_id, built, items)
+  reader = SnapshotReader(run_dir.snapshots)
+  for step in steps:
+    yield step, score_snapshot(scorer, built, built.place_params(reader.params(step, built.params)))
+
+
+def scored_path(run_dir: RunDir, step: int) -> pathlib.Path:
+  """Returns the file of the scores that training wrote for a step."""
+  return run_dir.monitor_scores / table.scores_name(step)

@@ -1,0 +1,305 @@
+'use strict';
+/* Draws the charts of a report from the numbers in #payload and keeps their step axes together. */
+(() => {
+  const data = JSON.parse(document.getElementById('payload').textContent);
+  const root = document.documentElement;
+  const charts = [];  // {element, build, reading, x}
+  const view = {theme: '', tokens: false, contexts: true, range: null, syncing: false};
+
+  const color = (name, alpha) => {
+    const hex = getComputedStyle(root).getPropertyValue('--' + name).trim();
+    if (alpha === undefined) return hex;
+    const [r, g, b] = [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16));
+    return `rgba(${r},${g},${b},${alpha})`;
+  };
+  const percent = v => v === null || v === undefined ? '–' : (100 * v).toFixed(1) + '%';
+  const compact = v => {
+    if (v === null || v === undefined) return '–';
+    if (Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-3)) {
+      return Intl.NumberFormat('en', {notation: Math.abs(v) < 1 ? 'scientific' : 'compact',
+                                      maximumSignificantDigits: 3}).format(v);
+    }
+    return String(Number(v.toPrecision(4)));
+  };
+
+  /* Steps and tokens: both grow together, so one is interpolated from the other. */
+  function interpolate(from, to, value) {
+    let high = from.findIndex(v => v >= value);
+    if (high < 0) return to[to.length - 1];
+    if (high === 0) return to[0];
+    const share = (value - from[high - 1]) / ((from[high] - from[high - 1]) || 1);
+    return to[high - 1] + share * (to[high] - to[high - 1]);
+  }
+  const place = step => view.tokens ? interpolate(data.tokenSteps, data.tokens, step) : step;
+  const places = steps => view.tokens ? steps.map(place) : steps;
+  const stepAt = x => view.tokens ? interpolate(data.tokens, data.tokenSteps, x) : x;
+  const fullRange = () => [place(0), place(data.lastStep)];
+  const currentRange = () => (view.range || [0, data.lastStep]).map(place);
+  const nearest = (steps, step) => {
+    let best = 0;
+    steps.forEach((s, i) => { if (Math.abs(s - step) < Math.abs(steps[best] - step)) best = i; });
+    return best;
+  };
+  const stepLabel = step => {
+    const tokens = data.tokens
+      ? ', ' + compact(interpolate(data.tokenSteps, data.tokens, step)) + ' tokens' : '';
+    return 'step ' + Math.round(step).toLocaleString('en') + tokens;
+  };
+
+  function baseLayout(height, extra) {
+    const axis = {gridcolor: color('grid'), zeroline: false, linecolor: color('line'),
+                  tickfont: {color: color('soft'), size: 11}, fixedrange: true};
+    const layout = {
+      height, margin: {l: 42, r: 18, t: 8, b: 30}, paper_bgcolor: 'rgba(0,0,0,0)',
+      plot_bgcolor: 'rgba(0,0,0,0)', showlegend: false, hovermode: 'x', dragmode: 'zoom',
+      modebar: {bgcolor: 'rgba(0,0,0,0)', color: color('faint'), activecolor: color('ink')},
+      font: {family: getComputedStyle(document.body).fontFamily, color: color('ink'), size: 12},
+      hoverlabel: {bgcolor: color('panel'), bordercolor: color('faint'), align: 'left',
+                   font: {color: color('ink'), size: 12,
+                          family: getComputedStyle(document.body).fontFamily}},
+      xaxis: {...axis, fixedrange: false, range: currentRange(), showgrid: true, nticks: 7,
+              ticklabeloverflow: 'allow',
+              tickformat: view.tokens ? '.3~s' : ',d'},
+      yaxis: {...axis}, shapes: [], annotations: []};
+    for (const [key, value] of Object.entries(extra || {})) {
+      layout[key] = key.endsWith('axis2') || key === 'yaxis' || key === 'xaxis'
+        ? {...axis, ...layout[key], ...value} : value;
+    }
+    if (!data.isFinished && data.recordedStep < data.lastStep) {
+      layout.shapes = layout.shapes.concat([{
+        type: 'rect', xref: 'x', yref: 'paper', x0: place(data.recordedStep),
+        x1: place(data.lastStep), y0: 0, y1: 1, line: {width: 0}, layer: 'below',
+        fillcolor: color('faint', .1)}]);
+    }
+    return layout;
+  }
+  const line = (steps, values, more) => ({
+    type: 'scatter', mode: steps.length < 3 && more.line.color ? 'markers+lines' : 'lines',
+    x: places(steps), y: values, hoverinfo: 'skip', marker: {size: 4, color: more.line.color}, ...more});
+  function bandTraces(steps, band, fill, axes) {
+    if (!band.low || band.low.every(v => v === null)) return [];
+    const edge = {line: {width: 0}, ...axes};
+    return [line(steps, band.low, edge),
+            line(steps, band.high, {...edge, fill: 'tonexty', fillcolor: fill})];
+  }
+
+  /* The overview: one ribbon per family, colored by accuracy. */
+  function overview() {
+    const rows = data.families.map(f => ({title: f.title, mean: f.accuracy.mean, swings: f.swings}));
+    if (data.controls) rows.push({title: 'Controls', mean: data.controls.mean, swings: []});
+    rows.reverse();
+    const traces = [{
+      type: 'heatmap', x: places(data.snapshots), y: rows.map(r => r.title),
+      z: rows.map(r => r.mean), zmin: 0, zmax: 1, ygap: 7, showscale: false,
+      colorscale: [[0, color('shortcut')], [.5, color('middle')], [1, color('generalizing')]],
+      hovertemplate: '%{y}: %{z:.1%}<extra></extra>'}];
+    for (const direction of ['up', 'down']) {
+      const marks = rows.flatMap(r => r.swings.filter(s => s.direction === direction)
+        .map(s => ({x: place((s.leave + s.arrive) / 2), y: r.title, swing: s})));
+      traces.push({
+        type: 'scatter', mode: 'markers', x: marks.map(m => m.x), y: marks.map(m => m.y),
+        hoverinfo: 'skip', marker: {
+          symbol: marks.map(m => `triangle-${direction}` + (m.swing.claimed === false ? '-open' : '')),
+          size: 8, color: marks.map(m => m.swing.claimed === false ? '#16191f' : '#fff'),
+          line: {width: 1, color: '#16191f'}}});
+    }
+    const layout = baseLayout(46 + 34 * rows.length, {margin: {l: 118, r: 18, t: 2, b: 30}});
+    layout.hovermode = 'closest';
+    layout.xaxis.showgrid = false;
+    layout.yaxis = {...layout.yaxis, type: 'category', showgrid: false, ticks: '',
+                    tickfont: {color: color('ink'), size: 13}, range: [-.5, rows.length - .5]};
+    return [traces, layout];
+  }
+
+  /* One family: accuracy above, margin below, swings marked where they happen. */
+  function family(f) {
+    const steps = data.snapshots, low = {yaxis: 'y2'}, traces = [];
+    if (view.contexts) {
+      for (const c of f.contexts) {
+        const thin = {line: {width: 1, color: color('faint', .45)}};
+        traces.push(line(steps, c.accuracy, thin), line(steps, c.margin, {...thin, ...low}));
+      }
+    }
+    traces.push(...bandTraces(steps, f.accuracy, color('ink', .15), {}));
+    traces.push(...bandTraces(steps, f.margin, color('training', .2), low));
+    traces.push(line(steps, f.margin.mean, {line: {width: 1.6, color: color('training')}, ...low}));
+    const bound = (low, high) => low === null ? '' : ` (${percent(low)} to ${percent(high)})`;
+    traces.push(line(steps, f.accuracy.mean, {
+      line: {width: 2.2, color: color('ink')}, hoverinfo: 'text', text: steps.map((s, i) => {
+        const now = f.contexts.map(c => c.accuracy[i]);
+        return `<b>${percent(f.accuracy.mean[i])}</b>${bound(f.accuracy.low[i], f.accuracy.high[i])}` +
+          `<br>${f.contexts.length} contexts: ${percent(Math.min(...now))} to ` +
+          `${percent(Math.max(...now))}<br>margin ${compact(f.margin.mean[i])}<br>${stepLabel(s)}`;
+      })}));
+    for (const s of f.swings) {
+      const name = s.direction === 'up' ? 'generalizing' : 'shortcut';
+      traces.push({
+        type: 'scatter', mode: 'markers', x: [place((s.leave + s.arrive) / 2)],
+        y: [s.direction === 'up' ? 1.06 : -.06], cliponaxis: false, hoverinfo: 'skip',
+        marker: {symbol: `triangle-${s.direction}` + (s.claimed === false ? '-open' : ''), size: 9,
+                 color: color(name), line: {width: 1, color: color(name)}}});
+    }
+    const zone = (y0, y1, name) => ({type: 'rect', xref: 'paper', yref: 'y', x0: 0, x1: 1, y0, y1,
+                                     line: {width: 0}, layer: 'below', fillcolor: color(name, .09)});
+    const layout = baseLayout(292, {
+      shapes: [zone(.7, 1, 'generalizing'), zone(0, .3, 'shortcut')],
+      yaxis: {domain: [.36, 1], range: [-.11, 1.11], tickvals: [0, .5, 1], tickformat: '.0%'},
+      yaxis2: {domain: [0, .27], anchor: 'x', range: [-1.05, 1.05], tickvals: [-1, 0, 1],
+               zeroline: true, zerolinecolor: color('line')}});
+    layout.xaxis.anchor = 'y2';
+    const small = {xref: 'paper', x: 0, xanchor: 'left', showarrow: false, yanchor: 'top',
+                   font: {size: 10.5, color: color('faint')}};
+    layout.annotations = [{...small, yref: 'paper', y: .3, text: 'margin'}];
+    return [traces, layout];
+  }
+
+  function controls() {
+    const c = data.controls, steps = data.snapshots, traces = [];
+    for (const d of c.datasets) {
+      traces.push(line(steps, d.accuracy, {
+        line: {width: 1.2, color: color('control', .5)}, hoverinfo: 'text',
+        text: d.accuracy.map(v => `${d.label}: ${percent(v)}`)}));
+    }
+    traces.push(line(steps, c.mean, {
+      line: {width: 2.4, color: color('control')}, hoverinfo: 'text',
+      text: c.mean.map((v, i) => `<b>all controls ${percent(v)}</b>, ${stepLabel(steps[i])}`)}));
+    const settled = c.settled === null ? data.lastStep : c.settled;
+    const layout = baseLayout(250, {
+      shapes: [{type: 'rect', xref: 'x', yref: 'y', x0: place(settled), x1: place(data.lastStep),
+                y0: c.level - c.tolerance, y1: c.level + c.tolerance, line: {width: 0},
+                layer: 'below', fillcolor: color('control', .2)}],
+      yaxis: {range: [-.03, 1.05], tickvals: [0, .25, .5, .75, 1], tickformat: '.0%'}});
+    return [traces, layout];
+  }
+
+  function recorded(panel) {
+    const names = ['training', 'second', 'control'], traces = [];
+    panel.series.forEach((s, i) => {
+      traces.push(...bandTraces(s.steps, s, color(names[i], .15), {}));
+      traces.push(line(s.steps, s.values, {
+        mode: i || s.steps.length < 30 ? 'lines+markers' : 'lines', marker: {size: 5, color: color(names[i])},
+        line: {width: 1.6, color: color(names[i])}, hoverinfo: 'text',
+        text: s.values.map((v, j) => `${s.label} <b>${compact(v)}</b><br>${stepLabel(s.steps[j])}`)}));
+    });
+    const layout = baseLayout(196, {yaxis: {type: panel.axis === 'log' ? 'log' : 'linear', nticks: 5,
+                                            rangemode: panel.axis === 'zero' ? 'tozero' : 'normal'}});
+    layout.margin.l = 50;
+    return [traces, layout];
+  }
+
+  /* What the heading of a panel says for a step: the last value, or the one under the cursor. */
+  const say = (value, label) => `${label ? label + ' ' : ''}<b>${value}</b>`;
+  function readingOf(kind, item) {
+    const at = (steps, values, step) =>
+      step === null ? values.filter(v => v !== null).pop() : values[nearest(steps, step)];
+    if (kind === 'family') return step => say(percent(at(data.snapshots, item.accuracy.mean, step)));
+    if (kind === 'controls') return step => say(percent(at(data.snapshots, item.mean, step)));
+    if (kind === 'overview') return step => step === null ? '' : stepLabel(
+      data.snapshots[nearest(data.snapshots, step)]);
+    return step => item.series.map(s => say(
+      compact(at(s.steps, s.values, step)), item.series.length > 1 ? s.label : '')).join(' &nbsp;');
+  }
+
+  function showCursor(step) {
+    for (const chart of charts) {
+      const axis = chart.element._fullLayout && chart.element._fullLayout.xaxis;
+      if (!axis) continue;
+      const x = step === null ? -1 : axis.l2p(place(step));
+      const inside = x >= 0 && x <= axis._length;
+      chart.cursor.style.display = inside ? 'block' : 'none';
+      if (inside) chart.cursor.style.left = axis._offset + x + 'px';
+      chart.readout.innerHTML = chart.reading(step);
+    }
+  }
+
+  function setRange(range) {  // in steps; null shows everything
+    view.range = range;
+    view.syncing = true;
+    Promise.all(charts.filter(c => c.drawn).map(c =>
+      Plotly.relayout(c.element, {'xaxis.range': currentRange(), 'xaxis.autorange': false})))
+      .then(() => { view.syncing = false; });
+  }
+
+  function draw(chart) {
+    const [traces, layout] = chart.build();
+    Plotly.react(chart.element, traces, layout, {
+      responsive: true, displaylogo: false, displayModeBar: 'hover', doubleClick: false,
+      modeBarButtons: [['toImage', 'resetScale2d']],
+      toImageButtonOptions: {format: 'svg', filename: chart.name}});
+    if (chart.drawn) return;
+    chart.drawn = true;
+    chart.element.append(chart.cursor);
+    chart.element.on('plotly_relayout', change => {
+      if (view.syncing) return;
+      if (change['xaxis.range[0]'] !== undefined) {
+        setRange([change['xaxis.range[0]'], change['xaxis.range[1]']].map(stepAt));
+      } else if (change['xaxis.autorange'] || change['xaxis.range']) {
+        setRange(null);
+      }
+    });
+    chart.element.on('plotly_doubleclick', () => setRange(null));
+    chart.element.on('plotly_hover', event => showCursor(stepAt(event.points[0].x)));
+    chart.element.on('plotly_unhover', () => showCursor(null));
+  }
+  const redraw = () => { charts.filter(c => c.drawn).forEach(draw); showCursor(null); };
+
+  function add(element, kind, item, build) {
+    const panel = element.closest('.panel');
+    const cursor = document.createElement('div');
+    cursor.className = 'cursor';
+    charts.push({element, build, cursor, drawn: false, reading: readingOf(kind, item),
+                 name: (panel.querySelector('h3') || {textContent: kind}).textContent,
+                 readout: panel.querySelector('.reading')});
+  }
+
+  function setTheme(theme) { root.dataset.theme = theme; view.theme = theme; }
+
+  document.querySelectorAll('.chart').forEach(element => {
+    const [kind, index] = element.dataset.chart.split(':');
+    if (kind === 'overview') add(element, kind, null, overview);
+    if (kind === 'controls') add(element, kind, data.controls, controls);
+    if (kind === 'family') add(element, kind, data.families[index], () => family(data.families[index]));
+    if (kind === 'training' || kind === 'others') {
+      add(element, kind, data[kind][index], () => recorded(data[kind][index]));
+    }
+  });
+  setTheme(matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
+  const visible = charts.filter(c => !c.element.closest('details:not([open])'));
+  visible.forEach(draw);
+  showCursor(null);
+  document.querySelectorAll('details.charts').forEach(fold => fold.addEventListener('toggle', () => {
+    if (!fold.open) return;
+    charts.filter(c => !c.drawn && fold.contains(c.element)).forEach(draw);
+    showCursor(null);
+  }));
+
+  document.getElementById('theme-switch').addEventListener('click', () => {
+    setTheme(view.theme === 'dark' ? 'light' : 'dark');
+    redraw();
+  });
+  const contexts = document.getElementById('context-switch');
+  contexts.hidden = !data.families.length;
+  contexts.addEventListener('click', () => {
+    view.contexts = !view.contexts;
+    contexts.textContent = 'Contexts: ' + (view.contexts ? 'shown' : 'hidden');
+    redraw();
+  });
+  const axis = document.getElementById('axis-switch');
+  axis.hidden = !data.tokens;
+  axis.addEventListener('click', () => {
+    view.tokens = !view.tokens;
+    axis.textContent = 'Axis: ' + (view.tokens ? 'tokens' : 'steps');
+    redraw();
+  });
+  document.querySelectorAll('tr[data-from]').forEach(row => {
+    const go = () => {
+      const [from, to] = [Number(row.dataset.from), Number(row.dataset.to)];
+      const room = Math.max(4 * (to - from), data.lastStep / 20);
+      setRange([Math.max(0, from - room), Math.min(data.lastStep, to + room)]);
+      document.getElementById(row.dataset.panel).scrollIntoView({behavior: 'smooth', block: 'center'});
+    };
+    row.addEventListener('click', go);
+    row.addEventListener('keydown', event => { if (event.key === 'Enter') go(); });
+  });
+  document.body.dataset.ready = 'yes';
+})();

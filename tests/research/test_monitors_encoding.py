@@ -1,0 +1,151 @@
+"""Exact answer boundaries and padding. Witness: the decoded text and plain string arithmetic."""
+
+import random
+
+import numpy as np
+import pytest
+
+from research.data import tokenizers
+from research.data.microworld import MicroworldConfig
+from research.data.microworld.words import WORDS
+from research.errors import UserError
+from research.monitors.encoding import encode_item, encode_items, make_buckets
+from research.monitors.items import MonitorItem
+from research.monitors.microworld_items import microworld_items
+
+CORPUS = ['the answer is good . the answer is bad . answers are goodness and badness .'] * 50
+BYTES = tokenizers.byte_tokenizer()
+BPE = tokenizers.train_bpe(CORPUS, 300)
+WORD = tokenizers.word_tokenizer(WORDS)
+
+
+def item(prompt: str, good: str, short: str, i: int = 0, seed: int = 0) -> MonitorItem:
+  return MonitorItem(f'item {i}', 'family', 'dataset', seed, 'plain', prompt, good, short)
+
+
+TEXTS = [
+    ('the answer is', ' good', ' bad'), ('the answer is ', 'good', 'bad'),
+    ('the answer is', ' good', ' goodness'), ('the ans', 'wer', 'wers are'),
+    ('snow is 雪', '雪', '山'), ('the answer is good', 'ness', ' and'), ('x', ' 12', ' 1')]
+
+
+@pytest.mark.parametrize('tokenizer', [BYTES, BPE], ids=['bytes', 'bpe'])
+@pytest.mark.parametrize('prompt, good, short', TEXTS)
+def test_scored_spans_complete_the_texts(tokenizer, prompt, good, short):
+  try:
+    encoded = encode_item(item(prompt, good, short), tokenizer)
+  except UserError as error:  # only where the prompt has no token of its own
+    assert 'no whole token' in str(error) and tokenizer is BPE and prompt == 'x'
+    return
+  n = encoded.n_prompt
+  assert tokenizer.decode(encoded.generalizing) == prompt + good
+  assert tokenizer.decode(encoded.shortcut) == prompt + short
+  assert encoded.generalizing[:n] == encoded.shortcut[:n]
+  assert prompt.startswith(tokenizer.decode(encoded.generalizing[:n]))
+  # maximal: the next token differs or reaches into the answer
+  same = encoded.generalizing[n] == encoded.shortcut[n]
+  assert not same or len(tokenizer.decode(encoded.generalizing[:n + 1])) > len(prompt)
+  assert encoded.straddles == (tokenizer.decode(encoded.generalizing[:n]) != prompt)
+
+
+def test_a_token_across_the_boundary_belongs_to_both_answers():
+  clean = encode_item(item('the answer is', ' good', ' bad'), BPE)
+  across = encode_item(item('the answer is ', 'good', 'bad'), BPE)
+  assert not clean.straddles and clean.is_single
+  assert across.straddles
+  # the same text in the end, so the same tokens are scored
+  assert (across.generalizing, across.shortcut, across.n_prompt) == (
+      clean.generalizing, clean.shortcut, clean.n_prompt)
+
+
+def test_bytes_of_one_character_are_not_torn():
+  # 雪 is e9 9b aa, 鰯 e9 b0 af: the common first byte is part of the answers, not of the prompt
+  encoded = encode_item(item('snow ', '雪', '鰯'), BYTES)
+  assert encoded.n_prompt == 5 and not encoded.straddles
+  assert len(encoded.generalizing) == len(encoded.shortcut) == 8
+
+
+def test_start_token_and_refusals():
+  bare = encode_item(item('the answer is', ' good', ' bad'), BPE)
+  started = encode_item(item('the answer is', ' good', ' bad'), BPE, start_id=BPE.bos_id)
+  assert started.generalizing == (BPE.bos_id, *bare.generalizing)
+  assert started.n_prompt == bare.n_prompt + 1 and started.straddles == bare.straddles
+  with pytest.raises(UserError, match="'item 0': no whole token"):
+    encode_item(item(' ', 'good', 'bad'), BPE)
+  with pytest.raises(UserError, match='an answer adds no token'):
+    encode_item(item('the soup', ' ', ' was'), WORD)
+  with pytest.raises(UserError, match="'item 0' needs 4 tokens of context; .*=3"):
+    encode_items([item('abcd', 'e', 'f')], BYTES, context_length=3)
+
+
+def sums_in(buckets, encoded):
+  """Returns, per item and answer, the text that the buckets would score, rebuilt from arrays."""
+  found = {}
+  for b in buckets:
+    (Z, B, S), C = b.tokens_ZBS.shape, b.prefix_ZCP.shape[1]
+    for z in range(Z):
+      for row in range(B):
+        c = row // (B // C)
+        prefix = b.prefix_ZCP[z, c, :b.prefix_lengths_ZC[z, c]].tolist()
+        places = b.places_ZBT[z, row][b.counts_ZBT[z, row]]
+        for r, slot in enumerate(b.slots_ZBR[z, row]):
+          if slot >= 0:
+            assert slot not in found
+            targets = b.targets_ZBTR[z, row, :len(places), r]
+            read = [(tuple(prefix + b.tokens_ZBS[z, row, :p + 1].tolist()), int(t))
+                    for p, t in zip(places, targets)]
+            found[slot] = read
+          else:
+            assert not b.counts_ZBT[z, row].any()
+  return found
+
+
+def assert_buckets_score_everything(buckets, encoded):
+  found = sums_in(buckets, encoded)
+  assert set(found) == set(range(2 * len(encoded)))
+  for i, e in enumerate(encoded):
+    for slot, text in ((2 * i, e.generalizing), (2 * i + 1, e.shortcut)):
+      assert found[slot] == [(text[:t], text[t]) for t in range(e.n_prompt, len(text))]
+
+
+@pytest.mark.parametrize('batch_rows, row_multiple', [(512, 1), (40, 1), (7, 4)])
+def test_buckets_hold_every_answer_in_its_own_context(batch_rows, row_multiple):
+  items = microworld_items(MicroworldConfig(), 64)
+  encoded = encode_items(items, WORD, 64)
+  buckets = make_buckets(items, encoded, context_length=64, batch_rows=batch_rows,
+                         row_multiple=row_multiple)
+  assert_buckets_score_everything(buckets, encoded)
+  for b in buckets:
+    assert b.prefix_ZCP.shape[1] % row_multiple == 0
+    assert b.prefix_ZCP.shape[2] + b.tokens_ZBS.shape[2] <= 64
+    if row_multiple == 1:
+      assert b.tokens_ZBS.shape[1] <= batch_rows
+
+
+def test_buckets_of_answers_of_many_lengths():
+  rng = random.Random(0)
+  words = ['snow', 'rain', 'sunshine', '雪', 'a', 'thunderstorms']
+  items = [
+      item(f'context {seed} ' * (3 * seed) + ' '.join(rng.choices(words, k=rng.randint(1, 4))),
+           *(' ' + word for word in rng.sample(words, 2)), i=10 * seed + i, seed=seed)
+      for seed in range(4) for i in range(6)]
+  for tokenizer in (BYTES, BPE):
+    encoded = encode_items(items, tokenizer, 128)
+    assert any(e.is_single for e in encoded) or tokenizer is BYTES
+    buckets = make_buckets(items, encoded, context_length=128, batch_rows=16)
+    assert_buckets_score_everything(buckets, encoded)
+    assert any(b.prefix_ZCP.shape[2] for b in buckets)
+
+
+def test_the_micro_world_suite_is_cheap():
+  items = microworld_items(MicroworldConfig(), 64)
+  encoded = encode_items(items, WORD, 64)
+  assert all(e.is_single and not e.straddles for e in encoded)
+  buckets = make_buckets(items, encoded, context_length=64, batch_rows=256)
+  # a forward token costs a third of a training token: 8k of these are 24k here
+  n_tokens = sum(b.n_tokens for b in buckets)
+  assert n_tokens <= 24_000
+  alone = sum(e.n_prompt for e in encoded)
+  assert n_tokens < 0.25 * alone
+  assert len(buckets) <= 8
+  assert np.concatenate([b.slots_ZBR.ravel() for b in buckets]).max() == 2 * len(items) - 1

@@ -1,0 +1,142 @@
+"""Scores of items. Witness: every text alone through the whole model, softmax in NumPy float64."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from models import transformer
+from models.config import ModelConfig
+from research.data import tokenizers
+from research.data.microworld import MicroworldConfig
+from research.data.microworld.words import WORDS
+from research.errors import UserError
+from research.monitors.encoding import encode_items
+from research.monitors.items import MonitorItem
+from research.monitors.microworld_items import microworld_items
+from research.monitors.scoring import Scorer
+
+WORD = tokenizers.word_tokenizer(WORDS)
+BYTES = tokenizers.byte_tokenizer()
+TINY = dict(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, init_std=0.3)
+MODELS = {
+    'plain': dict(),
+    'sliding': dict(layer_pattern=('sliding', 'full'), window=8, final_softcap=5.0),
+    'alibi': dict(positions='alibi', tie_embeddings=False),
+    'learned': dict(positions='learned', norm='layernorm', parallel_residual=True)}
+
+
+@functools.cache
+def model(vocab_size: int, context_length: int, kind: str = 'plain'):
+  """Returns (config, graphdef, params) of a tiny model with weights large enough to matter."""
+  config = ModelConfig(vocab_size=vocab_size, context_length=context_length, **TINY, **MODELS[kind])
+  return config, transformer.build(config), jax.jit(transformer.init, static_argnums=0)(config, 1)
+
+
+def word_items(n_each: int) -> list[MonitorItem]:
+  """Returns the first items of every dataset and seed of the micro-world."""
+  counts, chosen = {}, []
+  for item in microworld_items(MicroworldConfig(), 64):
+    key = (item.dataset, item.seed)
+    counts[key] = counts.get(key, 0) + 1
+    if counts[key] <= n_each and item.seed < 2:
+      chosen.append(item)
+  return chosen
+
+
+def text_items() -> list[MonitorItem]:
+  """Returns items with answers of several tokens and contexts of several lengths."""
+  words = [' good', ' very bad', ' 雪', ' neither', '!']
+  return [
+      MonitorItem(f'{seed}/{i}', 'f', 'd', seed, 'v', 'Question and answer. ' * seed + f'item {i}:',
+                  words[i], words[(i + 1 + seed) % 5])
+      for seed in range(4) for i in range(5)]
+
+
+def alone(config, graphdef, params, items, tokenizer, start_id=None) -> np.ndarray:
+  """Returns [items, 2] log-probabilities from each text on its own, padded at the end."""
+  encoded = encode_items(items, tokenizer, config.context_length, start_id)
+  rows = np.zeros((2 * len(items), config.context_length), np.int32)
+  texts = [text for e in encoded for text in (e.generalizing, e.shortcut)]
+  for row, text in zip(rows, texts):
+    row[:len(text) - 1] = text[:-1]
+  forward = jax.jit(lambda p, t: (lambda m: m.logits(m(t)[0]))(transformer.apply(graphdef, p)))
+  logits_BLV = np.asarray(forward(params, rows), np.float64)
+  top = logits_BLV.max(-1, keepdims=True)
+  logp_BLV = logits_BLV - top - np.log(np.exp(logits_BLV - top).sum(-1, keepdims=True))
+  starts = [e.n_prompt for e in encoded for _ in range(2)]
+  sums = [sum(logp[t - 1, text[t]] for t in range(start, len(text)))
+          for logp, text, start in zip(logp_BLV, texts, starts)]
+  return np.reshape(sums, (-1, 2))
+
+
+def assert_close(scores, expected):
+  got = np.stack(scores, axis=1)
+  assert got.dtype == np.float32
+  assert np.std(expected) > 0.5
+  np.testing.assert_array_less(np.abs(got - expected), 1e-4 * np.maximum(1, np.abs(expected)))
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_micro_world_scores_are_those_of_the_texts_alone(kind):
+  items = word_items(3)
+  config, graphdef, params = model(300, 64, kind)
+  scorer = Scorer(items, WORD, graphdef, context_length=64)
+  assert any(b.prefix_ZCP.shape[2] for b in scorer.buckets)
+  assert_close(scorer.score(params), alone(config, graphdef, params, items, WORD))
+
+
+@pytest.mark.parametrize('batch_rows, row_multiple', [(512, 1), (4, 1), (6, 4)])
+@pytest.mark.parametrize('kind', ['plain', 'sliding'])
+def test_answers_of_many_tokens(batch_rows, row_multiple, kind):
+  config, graphdef, params = model(260, 96, kind)
+  items = text_items()
+  scorer = Scorer(items, BYTES, graphdef, context_length=96, batch_rows=batch_rows,
+                  row_multiple=row_multiple, start_id=BYTES.bos_id)
+  assert_close(
+      scorer.score(params), alone(config, graphdef, params, items, BYTES, BYTES.bos_id))
+
+
+def test_scores_are_the_same_bits_whatever_was_scored_before():
+  items = word_items(2)
+  config, graphdef, params = model(300, 64)
+  other = jax.tree.map(lambda x: 2 * x, params)
+  scorer = Scorer(items, WORD, graphdef, context_length=64)
+  first, between, again = scorer.score(params), scorer.score(other), scorer.score(params)
+  fresh = Scorer(items, WORD, graphdef, context_length=64).score(params)
+  for a, b, c, d in zip(first, again, fresh, between, strict=True):
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)
+    assert (a != d).any()
+
+
+def test_one_compilation_serves_all_snapshots():
+  config, graphdef, params = model(300, 64)
+  scorer = Scorer(word_items(1), WORD, graphdef, context_length=64)
+  for factor in (1.0, 1.5, 2.0):
+    scorer.score(jax.tree.map(lambda x, f=factor: x * f, params))
+  assert scorer._score._cache_size() == 1
+
+
+def test_rows_are_offered_to_the_constraint():
+  seen = []
+
+  def constrain(x, names):
+    seen.append((x.shape, names))
+    return x
+
+  config, graphdef, params = model(300, 64)
+  items = word_items(3)
+  scorer = Scorer(items, WORD, graphdef, context_length=64, row_multiple=8, constrain=constrain)
+  plain = Scorer(items, WORD, graphdef, context_length=64)
+  np.testing.assert_allclose(
+      np.stack(scorer.score(params)), np.stack(plain.score(params)), atol=1e-4)
+  assert seen and all(names == ('batch', 'length') for _, names in seen)
+  assert all(shape[0] % 8 == 0 for shape, _ in seen)
+
+
+def test_an_item_longer_than_the_context_is_refused_before_anything_runs():
+  _, graphdef, _ = model(300, 64)
+  with pytest.raises(UserError, match='model.context_length=32'):
+    Scorer(word_items(1), WORD, graphdef, context_length=32)

@@ -1,0 +1,264 @@
+"""Reports of synthetic runs: read back as HTML, JSON, CSV and PNG, never by eye alone."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import plotly.offline
+import pytest
+
+from research.errors import UserError
+from research.reports import seeds, words
+from research.reports.payload import thinned
+from research.reports.records import Series, read_records
+from research.reports.report import build_report
+from research.run_dir import RunDir
+from tests.research import synthetic_runs
+
+PLOTLY = plotly.offline.get_plotlyjs()
+
+
+class Page(html.parser.HTMLParser):
+  """The tags, ids, visible text and payload of a report without its copy of Plotly."""
+
+  def __init__(self, path):
+    super().__init__()
+    whole = path.read_text(encoding='utf-8')
+    self.n_plotly = whole.count(PLOTLY)
+    self.source = whole.replace(PLOTLY, '')
+    self.tags, self.ids, self.charts, self.texts, self._inside = [], [], [], [], None
+    self.payload = None
+    self.feed(self.source)
+    self.text = ' '.join(' '.join(self.texts).split())
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.tags.append((tag, attrs))
+    self._inside = attrs.get('id', tag) if tag in ('script', 'style') else None
+    self.ids += [attrs['id']] if 'id' in attrs else []
+    self.charts += [attrs['data-chart']] if 'data-chart' in attrs else []
+
+  def handle_endtag(self, tag):
+    self._inside = None
+
+  def handle_data(self, data):
+    if self._inside == 'payload':
+      self.payload = json.loads(data)
+    elif self._inside is None:
+      self.texts.append(data)
+
+
+@pytest.fixture(name='hopping', scope='module')
+def _hopping(tmp_path_factory):
+  run_dir = synthetic_runs.hopping_run(tmp_path_factory.mktemp('runs') / 'hopping')
+  return run_dir, Page(build_report(run_dir))
+
+
+def test_headline_says_what_was_written(hopping):
+  _, page = hopping
+  assert 'Successive hopped: 3 swings after its first rise while the controls were calm.' in page.text
+  assert 'Flipped rose to the general rule once and stayed.' in page.text
+  assert 'Truthy kept to the shortcut without a swing.' in page.text
+  assert 'Controls calm: 1,200 items within 3.0 points of 99.0%' in page.text
+
+
+def test_page_is_one_file_that_asks_the_network_for_nothing(hopping):
+  _, page = hopping
+  assert page.n_plotly == 1
+  policy = next(a['content'] for t, a in page.tags if a.get('http-equiv', '').startswith('Content-S'))
+  assert "default-src 'none'" in policy and 'http' not in policy
+  for tag, attrs in page.tags:
+    assert tag not in ('link', 'iframe', 'img', 'object'), tag
+    for name in ('src', 'href'):
+      assert attrs.get(name, '#').startswith('#'), attrs
+  assert not re.search(r'https?://|url\(|@import', page.source)
+
+
+def test_every_chart_has_its_numbers(hopping):
+  run_dir, page = hopping
+  kinds = {chart.split(':')[0] for chart in page.charts}
+  assert kinds == {'overview', 'family', 'controls', 'training', 'others'}
+  for kind, numbers in (('family', page.payload['families']), ('others', page.payload['others']),
+                        ('training', page.payload['training'])):
+    assert [f'{kind}:{i}' for i in range(len(numbers))] == [
+        chart for chart in page.charts if chart.startswith(kind)]
+  scripted = set(re.findall(r"getElementById\('([\w-]+)'\)", page.source))
+  assert scripted and scripted <= set(page.ids)
+  assert len(page.ids) == len(set(page.ids))
+  wanted = pd.read_parquet(run_dir.monitor_items).family.nunique()
+  assert len(page.payload['families']) + len(page.payload['controls']['datasets']) == wanted
+
+
+def test_payload_holds_the_curves_in_closed_form(hopping):
+  _, page = hopping
+  successive = page.payload['families'][0]
+  steps = np.array(page.payload['snapshots'])
+  spread_C = np.array([-.06, -.02, .02, .06])
+  curve = synthetic_runs.plateaus(steps, synthetic_runs.SWINGING)
+  wanted = np.clip(curve[:, None] + spread_C, 0, 1).round(2).mean(1)
+  np.testing.assert_allclose(successive['accuracy']['mean'], wanted, atol=0.01)
+  np.testing.assert_allclose(successive['margin']['mean'],
+                             1.6 * np.array(successive['accuracy']['mean']) - 0.8, atol=1e-3)
+  low, high = (np.array(successive['accuracy'][end]) for end in ('low', 'high'))
+  assert np.all(low <= successive['accuracy']['mean']) and np.all(low >= 0)
+  assert np.all(high >= successive['accuracy']['mean']) and np.all(high <= 1)
+  assert len(successive['contexts']) == 4
+  assert page.payload['tokens'][-1] == 2000 * 3072
+
+
+def test_swing_table_names_every_swing(hopping):
+  _, page = hopping
+  rows = [attrs for tag, attrs in page.tags if tag == 'tr' and 'data-from' in attrs]
+  assert len(rows) == 5  # four of Successive, one of Flipped
+  assert all(attrs['data-panel'] in page.ids for attrs in rows)
+
+
+def test_run_facts_and_examples_are_escaped(hopping):
+  _, page = hopping
+  for text in ('182K', '0123456789abcdef', '6.14M', '2 layers, width 64', 'adamw', '38K (median)'):
+    assert text in page.text, text
+  assert 'question 0 <b>&</b> ? answer' in page.text
+  assert '<b>&</b>' not in page.source
+
+
+def test_tables_and_figures_lie_beside_the_page(hopping):
+  run_dir, _ = hopping
+  families = pd.read_csv(run_dir.figures / 'families.csv').set_index('family')
+  assert families.loc['successive', 'n_hops'] == 3 and families.loc['successive', 'n_items'] == 400
+  assert families.loc['flipped', 'n_hops'] == 0
+  swings = pd.read_csv(run_dir.figures / 'swings.csv')
+  assert list(swings[swings.family == 'successive'].direction) == ['up', 'down', 'up', 'down']
+  for name in ('families', 'controls', 'loss'):
+    png = (run_dir.figures / f'{name}.png').read_bytes()
+    assert png[:8] == b'\x89PNG\r\n\x1a\n' and len(png) > 5000
+
+
+def test_a_rebuilt_report_is_the_same(hopping):
+  run_dir, _ = hopping
+  before = {p: p.read_bytes() for p in [run_dir.report_html, *run_dir.figures.iterdir()]}
+  build_report(run_dir)
+  assert before == {p: p.read_bytes() for p in [run_dir.report_html, *run_dir.figures.iterdir()]}
+
+
+def test_run_in_progress(tmp_path):
+  run_dir = synthetic_runs.hopping_run(tmp_path / 'run', last_step=800)
+  with open(run_dir.metrics_jsonl, 'a', encoding='utf-8') as file:
+    file.write('{"step": 801, "lo')  # a row that is being written
+  page = Page(build_report(run_dir))
+  assert 'The run is in progress: step 800 of 2,000.' in page.text
+  assert 'Successive hopped: 1 swing after its first rise' in page.text
+  assert page.payload['isFinished'] is False
+
+
+def test_two_snapshots_are_too_few(tmp_path):
+  page = Page(build_report(synthetic_runs.hopping_run(tmp_path / 'run', last_step=40)))
+  assert '2 snapshots so far: too few to see a swing' in page.text
+  assert 'too early to say' in page.text
+
+
+def test_text_run_without_monitors(tmp_path):
+  run_dir = RunDir(tmp_path / 'text')
+  synthetic_runs.write_records(run_dir, 300, 300, name='<text> & "more"')
+  page = Page(build_report(run_dir))
+  assert 'No monitor scored this run' in page.text
+  assert {chart.split(':')[0] for chart in page.charts} == {'training', 'others'}
+  assert '<text> & "more"' in page.text
+  assert not (run_dir.figures / 'families.png').exists()
+
+
+def test_run_that_has_only_a_config(tmp_path):
+  run_dir = RunDir(tmp_path / 'new')
+  run_dir.path.mkdir()
+  run_dir.config_json.write_text('{"name": "new", "n_steps": 10}')
+  page = Page(build_report(run_dir))
+  assert 'step 0 of 10' in page.text and page.charts == []
+
+
+def test_no_controls_means_no_claim(tmp_path):
+  page = Page(build_report(synthetic_runs.hopping_run(tmp_path / 'run', controls=False)))
+  assert 'There are no controls, so no swing can be claimed.' in page.text
+  assert page.payload['controls'] is None
+  assert 'calm.' not in page.text.split('How to read')[0]
+
+
+def test_controls_only_and_few_items(tmp_path):
+  run_dir = RunDir(tmp_path / 'run')
+  steps = np.arange(100, 1100, 100)
+  synthetic_runs.write_records(run_dir, 1000, 1000)
+  synthetic_runs.write_items(run_dir, {'sums': True, 'pairs': False}, 20, n_seeds=1)
+  square = np.where(steps % 400 < 200, 0., 1.)
+  synthetic_runs.write_scores(run_dir, steps, {'sums': np.ones(10), 'pairs': square}, 20, n_seeds=1)
+  page = Page(build_report(run_dir))
+  assert 'No family hopped.' in page.text
+  assert 'They are only 20 items; a gate needs 1,000.' in page.text
+  assert 'Pairs: fewer than 400 items or 4 demonstration contexts' in page.text
+  assert page.payload['families'][0]['accuracy']['low'] == [None] * 10
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{"step": 1}\n{"step": 2,\n', r'metrics.jsonl line 2 is not a JSON object'),
+    ('{"step": 1}\n[3]\n', r'metrics.jsonl line 2 is not a JSON object'),
+    ('{"loss": 1.0}\n', r'line 1: every row needs a whole number "step"')])
+def test_broken_rows_are_named(tmp_path, text, message):
+  run_dir = RunDir(tmp_path)
+  run_dir.metrics_jsonl.write_text(text)
+  with pytest.raises(UserError, match=message):
+    read_records(run_dir)
+
+
+def test_refuses_what_is_no_run_directory(tmp_path):
+  with pytest.raises(UserError, match='does not exist'):
+    build_report(RunDir(tmp_path / 'nowhere'))
+  with pytest.raises(UserError, match='no config.json'):
+    build_report(RunDir(tmp_path))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_records_tolerate_unknown_keys_and_nested_phases(tmp_path):
+  run_dir = RunDir(tmp_path)
+  run_dir.timings_jsonl.write_text(
+      '{"step": 2, "phases": {"train": 1.5}, "note": "x"}\n{"step": 4, "phases": {"train": 2.5}}\n')
+  run_dir.metrics_jsonl.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 3.0}\n')
+  records = read_records(run_dir)
+  np.testing.assert_array_equal(records.timings['phases.train'].values, [1.5, 2.5])
+  assert 'note' not in records.timings
+  page = Page(build_report(run_dir))
+  assert page.payload['training'][0]['series'][0]['values'] == [None, 3.0]
+  assert '4 s' in page.text
+
+
+def test_long_series_keep_their_means_and_extremes():
+  values = np.arange(10_000.) % 7
+  drawn = thinned(Series(np.arange(1, 10_001), values), 1000)
+  assert len(drawn['steps']) == 500
+  np.testing.assert_allclose(drawn['values'], values.reshape(500, 20).mean(1), rtol=1e-4)
+  np.testing.assert_array_equal(drawn['low'], values.reshape(500, 20).min(1))
+  np.testing.assert_array_equal(drawn['high'], values.reshape(500, 20).max(1))
+
+
+def test_seeds_side_by_side(tmp_path):
+  run_dirs = [synthetic_runs.hopping_run(tmp_path / f'run{seed}', seed=seed, every=50)
+              for seed in (3, 4)]
+  runs = seeds.read_seed_runs(run_dirs)
+  assert [run.label for run in runs] == ['seed 3', 'seed 4']
+  assert seeds.n_runs_with_hops(runs, 'successive') == 2
+  assert seeds.n_runs_with_hops(runs, 'flipped') == 0
+  table = seeds.seeds_table(runs).splitlines()
+  assert table[0] == '| run | Flipped | Successive | Truthy | controls | loss |'
+  assert len(table) == 4 and all(line.count('|') == 7 for line in table)
+  assert '3 swings; rose 0.0' in table[2] and 'calm: within' in table[2]
+  assert len(seeds.swings_table(runs).splitlines()) == 2 + 2 * 5
+  assert '- Successive: at least 3 swings after the first rise on 2 of 2 runs' in (
+      seeds.hop_sentences(runs))
+
+
+def test_seeds_need_scores(tmp_path):
+  with pytest.raises(UserError, match='no monitor scores'):
+    seeds.read_seed_runs([RunDir(tmp_path)])
+
+
+def test_words_for_lists_and_sizes():
+  assert words.listing(['a']) == 'a' and words.listing(['a', 'b', 'c']) == 'a, b and c'
+  assert words.short(1_234_567) == '1.23M' and words.duration(3725) == '1 h 02 min'
