@@ -23,14 +23,42 @@ def experiment_names() -> list[str]:
                 if not module.ispkg)
 
 
+def _chosen(name: str, among: list[str], what: str) -> str:
+  if name not in among:
+    near = difflib.get_close_matches(name, among, n=1, cutoff=0.0)
+    raise UserError(f'--experiment={name}: no such {what}; the nearest is {near[0]} '
+                    f'(all: {", ".join(among)})')
+  return name
+
+
+def load_sweep(name: str) -> dict[str, ExperimentConfig]:
+  """Returns the members of a sweep by name; raises UserError if it is none."""
+  module = importlib.import_module(f'experiments.{_chosen(name, experiment_names(), "experiment")}')
+  if not hasattr(module, 'get_configs'):
+    raise UserError(f'--experiment={name} is one run, not a sweep; start it with launchers.pretrain')
+  return module.get_configs()
+
+
 def load_experiment(name: str) -> ExperimentConfig:
-  """Returns the config of an experiment file; raises UserError naming the nearest."""
-  names = experiment_names()
-  if name not in names:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    raise UserError(f'--experiment={name}: no such experiment; the nearest is {near[0]} '
-                    f'(all: {", ".join(names)})')
-  return importlib.import_module(f'experiments.{name}').get_config()
+  """Returns the config of an experiment file, or of a member of a sweep ('<sweep>/<member>').
+
+  Raises UserError naming the nearest where the name is unknown.
+  """
+  module_name, slash, member = name.partition('/')
+  if slash:
+    members = load_sweep(module_name)
+    return members[_chosen(member, list(members), f'member of {module_name}')]
+  _chosen(name, experiment_names(), 'experiment')
+  module = importlib.import_module(f'experiments.{name}')
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'--experiment={name} is a sweep; start it with launchers.sweep, or one of its '
+                    f'members as {name}/<member>: {", ".join(module.get_configs())}')
+  return module.get_config()
+
+
+def override_arguments() -> list[str]:
+  """Returns the --config.* arguments of the command line, to hand them on."""
+  return [f'--config.{path}={text}' for path, text in _overrides]
 
 
 def config_from_flags(name: str) -> ExperimentConfig:

@@ -12,9 +12,12 @@ On several hosts start the same command on each: --coordinator=auto on Cloud TPU
 import pathlib
 
 from absl import flags
+import jax
 
 from launchers import flags as shared
 from parallelism import distributed
+from research.run_dir import RunDir
+from research.training.loop import train
 
 EXPERIMENT = flags.DEFINE_string('experiment', 'quickstart', 'a module of experiments/')
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'where the run is written; default runs/<experiment>')
@@ -26,10 +29,9 @@ PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'rank of this process, with h
 
 def main() -> None:
   config = shared.config_from_flags(EXPERIMENT.value)
-  from research.run_dir import RunDir
-  from research.training.loop import train
   distributed.start(COORDINATOR.value, N_PROCESSES.value, PROCESS_ID.value)
-  train(config, RunDir(RUN_DIR.value or pathlib.Path('runs') / EXPERIMENT.value))
+  path = RUN_DIR.value or pathlib.Path('runs') / EXPERIMENT.value
+  train(config, RunDir(path, jax.process_index()))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ Layers are stacked on a leading axis. Training works on the plain dict of `init`
 
 import dataclasses
 import functools
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from flax import nnx
 import jax
@@ -232,8 +232,12 @@ class Transformer(nnx.Module):
 
   def prefix(self, tokens_CP: jax.Array, lengths_C: jax.Array) -> KV:
     """Returns keys and values of contexts right-padded to P tokens, for `with_prefix`."""
-    P = tokens_CP.shape[1]
+    C, P = tokens_CP.shape
     self._check_length(P)
+    if P == 0:
+      config = self.config
+      shape = (config.n_layers, C, 0, config.n_kv_heads, config.d_head)
+      return KV(*[jnp.zeros(shape, config.compute_dtype)] * 2)
     segment_ids_CP = (np.arange(P) < lengths_C[:, None]).astype(jnp.int32)
     _, _, kv = self._run(tokens_CP, np.arange(P), segment_ids_CP, keep_kv=True)
     assert kv is not None

@@ -94,8 +94,9 @@ class Build:
 
   def place_params(self, values: Any) -> Any:
     """Returns host arrays laid out like the parameters, in their own dtype."""
-    return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values,
-                        self.params)
+    def place(value, leaf):
+      return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+    return jax.tree.map(place, values, self.params)
 
   def local_rows(self) -> list[int]:
     """Returns the rows of a batch that this process feeds, ascending."""

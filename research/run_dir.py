@@ -11,10 +11,16 @@ CACHE = pathlib.Path.home() / '.cache' / 'modehop'
 
 
 class RunDir:
-  """The layout of a run directory; attributes are pathlib.Path, nothing is created on access."""
+  """The layout of a run directory; attributes are pathlib.Path, nothing is created on access.
 
-  def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
+  Arrays are written by all processes of a run together, under `whole`. All else each process
+  writes for itself: process 0, whose files are the run's, in the same directory, process i under
+  hosts/<i>, where a host that went astray shows.
+  """
+
+  def __init__(self, path: str | os.PathLike, process: int = 0):
+    self.whole = pathlib.Path(path)
+    self.path = self.whole / 'hosts' / str(process) if process else self.whole
     self.config_json = self.path / 'config.json'
     self.config_txt = self.path / 'config.txt'
     self.manifest_json = self.path / 'manifest.json'
@@ -24,8 +30,9 @@ class RunDir:
     self.evals_jsonl = self.path / 'evals.jsonl'
     self.timings_jsonl = self.path / 'timings.jsonl'
     self.tensorboard = self.path / 'tensorboard'
-    self.checkpoints = self.path / 'checkpoints'
-    self.snapshots = self.path / 'snapshots'
+    self.heldout_text_json = self.path / 'heldout_text.json'
+    self.checkpoints = self.whole / 'checkpoints'
+    self.snapshots = self.whole / 'snapshots'
     self.monitors = self.path / 'monitors'
     self.monitor_items = self.monitors / 'items.parquet'
     self.monitor_scores = self.monitors / 'scores'

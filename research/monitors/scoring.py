@@ -97,7 +97,7 @@ def _scorer(graphdef: nnx.GraphDef, constrain: Constrain) -> Callable:
       else:
         chunk_sums = lambda chunk: _chunk_sums(model, constrain, chunk)
         sums.append(jax.lax.map(chunk_sums, bucket).ravel())
-    return jnp.concatenate(sums)[order]
+    return constrain(jnp.concatenate(sums)[order], (None,))
 
   return score
 

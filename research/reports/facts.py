@@ -12,57 +12,55 @@ Facts = list[tuple[str, list[tuple[str, str]]]]
 
 def run_facts(records: Records) -> Facts:
   """Returns groups of (label, value); what a run did not record is left out."""
-  config, manifest = flatten(records.config), flatten(records.manifest)
+  config = flatten(records.config)
+  start = last_start(records.manifest)
+  machine = start.get('machine', {})
   groups = [
       ('Progress', _progress(records)),
-      ('Model', _model(config, manifest)),
+      ('Model', _model(config, records.manifest)),
       ('Training', _training(config, records)),
       ('Speed', _speed(records)),
-      ('Machine', _rows(manifest, _MACHINE)),
-      ('Origin', _rows(manifest, _ORIGIN)),
-      ('Versions', _versions(records.manifest)),
+      ('Machine', _machine(records.manifest, machine)),
+      ('Origin', _origin(records.manifest, start)),
+      ('Versions', _rows(_versions(machine))),
   ]
   return [(name, rows) for name, rows in groups if rows]
 
 
+def last_start(manifest: dict[str, Any]) -> dict[str, Any]:
+  """Returns what the manifest says of the process that started last; empty before any did."""
+  starts = manifest.get('starts') or [{}]
+  return starts[-1]
+
+
 def n_parameters(manifest: dict[str, Any]) -> int | None:
-  """Returns the parameter count that a flattened manifest holds."""
-  return _first(manifest, ('parameters.total', 'n_parameters', 'n_params', 'parameters'))
+  """Returns the number of parameters that the manifest holds."""
+  return manifest.get('model', {}).get('parameters')
 
 
-_MACHINE = (
-    ('Device', ('device', 'devices', 'device_kind', 'platform', 'machine')),
-    ('Devices', ('n_devices', 'device_count')),
-    ('Mesh', ('mesh', 'mesh_shape')),
-    ('Host', ('host', 'hostname')),
-    ('Threads', ('threads', 'n_threads', 'cpu_count')),
-)
-_ORIGIN = (
-    ('Commit', ('commit', 'git.commit', 'code.commit')),
-    ('Uncommitted changes', ('dirty', 'git.dirty', 'code.dirty')),
-    ('Command', ('command', 'argv')),
-    ('Started', ('started', 'created', 'time', 'start_time')),
-    ('Parent run', ('parent.run_dir', 'parent')),
-    ('Data hash', ('data_hash', 'data.hash', 'source.hash')),
-    ('Tokenizer hash', ('tokenizer_hash', 'tokenizer.hash', 'data.tokenizer_hash')),
-)
+def shown_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+  """Returns the manifest with the text of each start's diff replaced by its length."""
+  starts = [
+      {**start, 'diff': f'{words.count(len(start["diff"].splitlines()), "line")}, in manifest.json'}
+      if start.get('diff') else start for start in manifest.get('starts', [])]
+  return {**manifest, 'starts': starts} if starts else manifest
 
 
-def _first(tree, names):
-  return next((tree[name] for name in names if tree.get(name) not in (None, '')), None)
-
-
-def _rows(tree, wanted):
-  found = [(label, _first(tree, names)) for label, names in wanted]
-  return [(label, _plain(value)) for label, value in found if value is not None]
+def _rows(pairs):
+  """Labels with readable values; pairs without a value are left out."""
+  return [(label, _plain(value)) for label, value in pairs if value not in (None, '', [], {})]
 
 
 def _plain(value):
-  if isinstance(value, (list, tuple)):
-    return ' '.join(str(part) for part in value)
   if isinstance(value, bool):
     return 'yes' if value else 'no'
-  return f'{value:,}' if isinstance(value, int) else str(value)
+  if isinstance(value, int):
+    return f'{value:,}'
+  if isinstance(value, (list, tuple)):
+    return ' '.join(str(part) for part in value)
+  if isinstance(value, dict):
+    return ', '.join(f'{key} {part}' for key, part in value.items())
+  return str(value)
 
 
 def _progress(records):
@@ -70,36 +68,8 @@ def _progress(records):
   rows = [('Steps', f'{records.last_step:,}{of}')]
   if 'tokens' in records.metrics:
     rows.append(('Tokens seen', words.short(records.metrics['tokens'].values[-1])))
-  if 'seconds' in records.timings:
-    rows.append(('Time in steps', words.duration(records.timings['seconds'].values.sum())))
-  skipped = records.metrics.get('skipped')
-  if skipped is not None:
-    rows.append(('Skipped updates', f'{int(skipped.values.sum()):,}'))
-  return rows
-
-
-def _model(config, manifest):
-  rows = []
-  total = n_parameters(manifest)
-  if total is not None:
-    rows.append(('Parameters', words.short(total)))
-  active = manifest.get('parameters.active')
-  if active is not None and active != total:
-    rows.append(('Active parameters', words.short(active)))
-  if 'model.n_layers' in config:
-    rows.append(('Shape', f'{config["model.n_layers"]} layers, width {config["model.d_model"]}'))
-  return rows + _rows(config, (
-      ('Heads', ('model.n_heads',)), ('Key/value heads', ('model.n_kv_heads',)),
-      ('Context length', ('model.context_length',)), ('Vocabulary', ('model.vocab_size',)),
-      ('Compute dtype', ('model.compute_dtype',))))
-
-
-def _training(config, records):
-  rows = _rows(config, (
-      ('Data', ('data.kind',)), ('Sequences per step', ('data.batch_size',)),
-      ('Sequence length', ('data.sequence_length',)), ('Optimizer', ('optimizer.name',)),
-      ('Peak learning rate', ('optimizer.peak_lr',)), ('Schedule', ('optimizer.schedule',)),
-      ('Seed', ('seed',))))
+  if 'skipped' in records.metrics:
+    rows.append(('Skipped updates', f'{int(np.nansum(records.metrics["skipped"].values)):,}'))
   for label, key, table in (('Last loss', 'loss', records.metrics),
                             ('Last held-out loss', 'heldout_loss', records.evals),
                             ('Last bits per byte', 'bits_per_byte', records.evals)):
@@ -108,22 +78,71 @@ def _training(config, records):
   return rows
 
 
+def _model(config, manifest):
+  total, active = n_parameters(manifest), manifest.get('model', {}).get('active_parameters')
+  flops = manifest.get('model', {}).get('flops_per_token')
+  return _rows((
+      ('Parameters', total and words.short(total)),
+      ('Active parameters', active and active != total and words.short(active) or None),
+      ('FLOPs per token', flops and words.short(flops)),
+      ('Layers', config.get('model.n_layers')), ('Width', config.get('model.d_model')),
+      ('Heads', config.get('model.n_heads')), ('Key/value heads', config.get('model.n_kv_heads')),
+      ('Context length', config.get('model.context_length')),
+      ('Vocabulary', config.get('model.vocab_size')),
+      ('Compute dtype', config.get('model.compute_dtype'))))
+
+
+def _training(config, records):
+  tokens = records.config.get('data', {})
+  per_step = tokens.get('batch_size', 0) * tokens.get('sequence_length', 0)
+  return _rows((
+      ('Data', config.get('data.kind')), ('Tokens per step', per_step or None),
+      ('Sequence length', config.get('data.sequence_length')),
+      ('Optimizer', config.get('optimizer.name')),
+      ('Peak learning rate', config.get('optimizer.peak_lr')),
+      ('Schedule', config.get('optimizer.schedule')), ('Seed', config.get('seed')),
+      ('Snapshot every', config.get('checkpoints.snapshot_every')),
+      ('Monitor suite', config.get('monitors.suite'))))
+
+
 def _speed(records):
-  rows = []
-  if 'tokens_per_second' in records.timings:
-    speed = np.median(records.timings['tokens_per_second'].values)
+  """Totals over all steps; phases other than waiting for data are not part of a step's seconds."""
+  timings, rows = records.timings, []
+  if 'tokens_per_second' in timings:
+    speed = np.median(timings['tokens_per_second'].values)
     rows.append(('Tokens per second', f'{words.short(speed)} (median)'))
-  if 'mfu' in records.timings:
-    rows.append(('MFU', f'{100 * np.median(records.timings["mfu"].values):.1f}% (median)'))
-  for key, series in records.timings.items():
-    if key.endswith('_seconds') or key.startswith(('phases.', 'phase.')):
-      name = key.removesuffix('_seconds').split('.')[-1]
-      rows.append((words.title(name), words.duration(series.values.sum())))
+  if 'mfu' in timings:
+    rows.append(('MFU', f'{100 * np.median(timings["mfu"].values):.1f}% (median)'))
+  training = timings['seconds'].values.sum() if 'seconds' in timings else 0.
+  if training:
+    rows.append(('Training steps', words.duration(training)))
+  for key, series in timings.items():
+    if key.endswith('_seconds'):
+      spent = series.values.sum()
+      share = f' ({100 * spent / training:.1f}% of training)' if training else ''
+      rows.append((words.title(key.removesuffix('_seconds')), words.duration(spent) + share))
   return rows
 
 
-def _versions(manifest):
-  for name in ('packages', 'versions'):
-    if isinstance(manifest.get(name), dict):
-      return [(key, _plain(value)) for key, value in manifest[name].items()]
-  return []
+def _machine(manifest, machine):
+  return _rows((
+      ('Mesh', manifest.get('mesh')), ('Platform', machine.get('platform')),
+      ('Device', machine.get('device_kind')), ('Devices', machine.get('n_devices')),
+      ('Processes', machine.get('n_processes')), ('CPU', machine.get('cpu')),
+      ('Threads', machine.get('threads')), ('XLA flags', machine.get('xla_flags'))))
+
+
+def _origin(manifest, start):
+  hashes, parent = manifest.get('hashes', {}), manifest.get('parent', {})
+  return _rows((
+      ('Commit', (start.get('commit') or '')[:12]),
+      ('Uncommitted changes', bool(start['diff']) if 'diff' in start else None),
+      ('Command', start.get('command')), ('Last start', start.get('time')),
+      ('Starts', len(manifest.get('starts', [])) or None),
+      ('Parent run', parent.get('run_dir')),
+      ('Data hash', hashes.get('data', '')[:12]),
+      ('Tokenizer hash', hashes.get('tokenizer', '')[:12])))
+
+
+def _versions(machine):
+  return [('python', machine.get('python')), *machine.get('packages', {}).items()]

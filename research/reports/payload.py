@@ -12,7 +12,7 @@ from research.reports.records import Records, Series
 
 MOST_POINTS = 1500  # drawn per curve; more are not visible and make the page slow
 _TRAINING = (  # (title, unit, vertical axis, [(label, table, key)])
-    ('Loss', 'nats per token', 'free',
+    ('Loss', 'nats/token', 'free',
      (('training', 'metrics', 'loss'), ('held out', 'evals', 'heldout_loss'))),
     ('Bits per byte', 'held out', 'free', (('held out', 'evals', 'bits_per_byte'),)),
     ('Gradient norm', 'log scale', 'log', (('gradient norm', 'metrics', 'grad_norm'),)),

@@ -75,7 +75,8 @@
   }
   const line = (steps, values, more) => ({
     type: 'scatter', mode: steps.length < 3 && more.line.color ? 'markers+lines' : 'lines',
-    x: places(steps), y: values, hoverinfo: 'skip', marker: {size: 4, color: more.line.color}, ...more});
+    x: places(steps), y: values, hoverinfo: 'skip',
+    marker: {size: 4, color: more.line.color}, ...more});
   function bandTraces(steps, band, fill, axes) {
     if (!band.low || band.low.every(v => v === null)) return [];
     const edge = {line: {width: 0}, ...axes};
@@ -83,9 +84,13 @@
             line(steps, band.high, {...edge, fill: 'tonexty', fillcolor: fill})];
   }
 
+  const markOf = swing =>
+    `triangle-${swing.direction}` + (swing.claimed === false ? '-open' : '');
+
   /* The overview: one ribbon per family, colored by accuracy. */
   function overview() {
-    const rows = data.families.map(f => ({title: f.title, mean: f.accuracy.mean, swings: f.swings}));
+    const rows = data.families.map(
+      f => ({title: f.title, mean: f.accuracy.mean, swings: f.swings}));
     if (data.controls) rows.push({title: 'Controls', mean: data.controls.mean, swings: []});
     rows.reverse();
     const traces = [{
@@ -99,8 +104,8 @@
       traces.push({
         type: 'scatter', mode: 'markers', x: marks.map(m => m.x), y: marks.map(m => m.y),
         hoverinfo: 'skip', marker: {
-          symbol: marks.map(m => `triangle-${direction}` + (m.swing.claimed === false ? '-open' : '')),
-          size: 8, color: marks.map(m => m.swing.claimed === false ? '#16191f' : '#fff'),
+          symbol: marks.map(m => markOf(m.swing)), size: 8,
+          color: marks.map(m => m.swing.claimed === false ? '#16191f' : '#fff'),
           line: {width: 1, color: '#16191f'}}});
     }
     const layout = baseLayout(46 + 34 * rows.length, {margin: {l: 118, r: 18, t: 2, b: 30}});
@@ -127,7 +132,8 @@
     traces.push(line(steps, f.accuracy.mean, {
       line: {width: 2.2, color: color('ink')}, hoverinfo: 'text', text: steps.map((s, i) => {
         const now = f.contexts.map(c => c.accuracy[i]);
-        return `<b>${percent(f.accuracy.mean[i])}</b>${bound(f.accuracy.low[i], f.accuracy.high[i])}` +
+        const interval = bound(f.accuracy.low[i], f.accuracy.high[i]);
+        return `<b>${percent(f.accuracy.mean[i])}</b>${interval}` +
           `<br>${f.contexts.length} contexts: ${percent(Math.min(...now))} to ` +
           `${percent(Math.max(...now))}<br>margin ${compact(f.margin.mean[i])}<br>${stepLabel(s)}`;
       })}));
@@ -136,11 +142,12 @@
       traces.push({
         type: 'scatter', mode: 'markers', x: [place((s.leave + s.arrive) / 2)],
         y: [s.direction === 'up' ? 1.06 : -.06], cliponaxis: false, hoverinfo: 'skip',
-        marker: {symbol: `triangle-${s.direction}` + (s.claimed === false ? '-open' : ''), size: 9,
-                 color: color(name), line: {width: 1, color: color(name)}}});
+        marker: {symbol: markOf(s), size: 9, color: color(name),
+                 line: {width: 1, color: color(name)}}});
     }
-    const zone = (y0, y1, name) => ({type: 'rect', xref: 'paper', yref: 'y', x0: 0, x1: 1, y0, y1,
-                                     line: {width: 0}, layer: 'below', fillcolor: color(name, .09)});
+    const zone = (y0, y1, name) => ({
+      type: 'rect', xref: 'paper', yref: 'y', x0: 0, x1: 1, y0, y1, line: {width: 0},
+      layer: 'below', fillcolor: color(name, .09)});
     const layout = baseLayout(292, {
       shapes: [zone(.7, 1, 'generalizing'), zone(0, .3, 'shortcut')],
       yaxis: {domain: [.36, 1], range: [-.11, 1.11], tickvals: [0, .5, 1], tickformat: '.0%'},
@@ -177,12 +184,14 @@
     panel.series.forEach((s, i) => {
       traces.push(...bandTraces(s.steps, s, color(names[i], .15), {}));
       traces.push(line(s.steps, s.values, {
-        mode: i || s.steps.length < 30 ? 'lines+markers' : 'lines', marker: {size: 5, color: color(names[i])},
-        line: {width: 1.6, color: color(names[i])}, hoverinfo: 'text',
-        text: s.values.map((v, j) => `${s.label} <b>${compact(v)}</b><br>${stepLabel(s.steps[j])}`)}));
+        mode: i || s.steps.length < 30 ? 'lines+markers' : 'lines',
+        marker: {size: 5, color: color(names[i])}, line: {width: 1.6, color: color(names[i])},
+        hoverinfo: 'text', text: s.values.map(
+          (v, j) => `${s.label} <b>${compact(v)}</b><br>${stepLabel(s.steps[j])}`)}));
     });
-    const layout = baseLayout(196, {yaxis: {type: panel.axis === 'log' ? 'log' : 'linear', nticks: 5,
-                                            rangemode: panel.axis === 'zero' ? 'tozero' : 'normal'}});
+    const layout = baseLayout(196, {yaxis: {
+      type: panel.axis === 'log' ? 'log' : 'linear', nticks: 5,
+      rangemode: panel.axis === 'zero' ? 'tozero' : 'normal'}});
     layout.margin.l = 50;
     return [traces, layout];
   }
@@ -192,8 +201,10 @@
   function readingOf(kind, item) {
     const at = (steps, values, step) =>
       step === null ? values.filter(v => v !== null).pop() : values[nearest(steps, step)];
-    if (kind === 'family') return step => say(percent(at(data.snapshots, item.accuracy.mean, step)));
-    if (kind === 'controls') return step => say(percent(at(data.snapshots, item.mean, step)));
+    if (kind === 'family' || kind === 'controls') {
+      const mean = kind === 'family' ? item.accuracy.mean : item.mean;
+      return step => say(percent(at(data.snapshots, mean, step)));
+    }
     if (kind === 'overview') return step => step === null ? '' : stepLabel(
       data.snapshots[nearest(data.snapshots, step)]);
     return step => item.series.map(s => say(
@@ -258,20 +269,26 @@
     const [kind, index] = element.dataset.chart.split(':');
     if (kind === 'overview') add(element, kind, null, overview);
     if (kind === 'controls') add(element, kind, data.controls, controls);
-    if (kind === 'family') add(element, kind, data.families[index], () => family(data.families[index]));
+    if (kind === 'family') {
+      const item = data.families[index];
+      add(element, kind, item, () => family(item));
+    }
     if (kind === 'training' || kind === 'others') {
-      add(element, kind, data[kind][index], () => recorded(data[kind][index]));
+      const item = data[kind][index];
+      add(element, kind, item, () => recorded(item));
     }
   });
   setTheme(matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
   const visible = charts.filter(c => !c.element.closest('details:not([open])'));
   visible.forEach(draw);
   showCursor(null);
-  document.querySelectorAll('details.charts').forEach(fold => fold.addEventListener('toggle', () => {
-    if (!fold.open) return;
-    charts.filter(c => !c.drawn && fold.contains(c.element)).forEach(draw);
-    showCursor(null);
-  }));
+  document.querySelectorAll('details.charts').forEach(fold => {
+    fold.addEventListener('toggle', () => {
+      if (!fold.open) return;
+      charts.filter(c => !c.drawn && fold.contains(c.element)).forEach(draw);
+      showCursor(null);
+    });
+  });
 
   document.getElementById('theme-switch').addEventListener('click', () => {
     setTheme(view.theme === 'dark' ? 'light' : 'dark');
@@ -296,7 +313,8 @@
       const [from, to] = [Number(row.dataset.from), Number(row.dataset.to)];
       const room = Math.max(4 * (to - from), data.lastStep / 20);
       setRange([Math.max(0, from - room), Math.min(data.lastStep, to + room)]);
-      document.getElementById(row.dataset.panel).scrollIntoView({behavior: 'smooth', block: 'center'});
+      document.getElementById(row.dataset.panel).scrollIntoView(
+        {behavior: 'smooth', block: 'center'});
     };
     row.addEventListener('click', go);
     row.addEventListener('keydown', event => { if (event.key === 'Enter') go(); });

@@ -90,5 +90,8 @@ def _kicker(analysis, records):
 
 def _footer(run_dir, analysis):
   stride = max(1, -(-len(analysis.steps) // payload.MOST_POINTS))
-  drawn = f' Every {stride}th snapshot is drawn; swings were looked for in all.' if stride > 1 else ''
-  return f'Made from {run_dir.path.name} alone; figures and tables lie in {run_dir.figures.name}/.{drawn}'
+  drawn = ''
+  if stride > 1:
+    drawn = f' One of {stride} snapshots is drawn; swings were looked for in all.'
+  return (f'Made from the directory {run_dir.path.name} alone; PNG figures and CSV tables lie in '
+          f'{run_dir.figures.name}/.{drawn}')

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from research.dynamics.analysis import Analysis, Family
 from research.dynamics.swings import LEAST_SNAPSHOTS
 from research.reports import words
-from research.reports.facts import Facts, n_parameters
-from research.reports.records import Records, flatten
+from research.reports.facts import Facts, n_parameters, shown_manifest
+from research.reports.records import Records
 
 escape = html.escape
 
@@ -34,7 +34,7 @@ def chips(analysis: Analysis, records: Records) -> str:
   if 'tokens' in records.metrics:
     tokens = words.short(records.metrics['tokens'].values[-1])
     parts.append(_chip('', f'<b>{tokens}</b> tokens'))
-  size = n_parameters(flatten(records.manifest))
+  size = n_parameters(records.manifest)
   if size is not None:
     parts.append(_chip('', f'<b>{words.short(size)}</b> parameters'))
   return ''.join(parts)
@@ -106,8 +106,9 @@ def _families(analysis, examples):
 
 def _family(index, family: Family, example):
   kind, text = words.verdict(family)
-  size = (f'{words.count(family.n_items, "item")}, {words.count(len(family.contexts), "context")}, '
-          f'{words.count(len(family.datasets), "dataset")}')
+  size = ', '.join(words.count(n, noun) for n, noun in (
+      (family.n_items, 'item'), (len(family.contexts), 'context'),
+      (len(family.datasets), 'dataset')))
   after = f'<details><summary>{size}</summary>{_example(example)}</details>'
   return _panel(
       escape(words.title(family.name)), f'family:{index}', identity=f'family-{index}',
@@ -118,10 +119,12 @@ def _family(index, family: Family, example):
 def _example(example):
   if example is None:
     return ''
-  rows = (('prompt', '', example.prompt), ('general rule', 'answer-generalizing', example.generalizing),
+  rows = (('prompt', '', example.prompt),
+          ('general rule', 'answer-generalizing', example.generalizing),
           ('shortcut', 'answer-shortcut', example.shortcut))
-  return '<dl class="example">' + ''.join(
-      f'<dt>{name}</dt><dd class="{kind}">{escape(text)}</dd>' for name, kind, text in rows) + '</dl>'
+  lines = ''.join(
+      f'<dt>{name}</dt><dd class="{kind}">{escape(text)}</dd>' for name, kind, text in rows)
+  return f'<dl class="example">{lines}</dl>'
 
 
 def _controls(analysis):
@@ -180,7 +183,8 @@ def _swing_row(index, family, judged, records):
 def _table(heads: Sequence[str], rows: str) -> str:
   """A table; heads and cells that start with # are numbers."""
   cells = ''.join(_cell('th', head) for head in heads)
-  return f'<div class="table-wrap"><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>'
+  return (f'<div class="table-wrap"><table><thead><tr>{cells}</tr></thead>'
+          f'<tbody>{rows}</tbody></table></div>')
 
 
 def _row(cells, attributes=''):
@@ -201,20 +205,23 @@ def _training(payload):
     return f'<div class="grid small">{panels}</div>'
   text = _head('Training') + grid('training')
   if payload['others']:
-    text += ('<div class="folds"><details class="charts"><summary>Everything else that was recorded '
-             f'({len(payload["others"])})</summary>{grid("others")}</details></div>')
+    heading = f'Everything else that was recorded ({len(payload["others"])})'
+    text += (f'<div class="folds"><details class="charts"><summary>{heading}</summary>'
+             f'{grid("others")}</details></div>')
   return text
 
 
 def _run(records, facts):
-  groups = ''.join(
-      f'<div><h3>{escape(name)}</h3><dl>' + ''.join(
-          f'<dt>{escape(label)}</dt><dd>{escape(value)}</dd>' for label, value in rows) + '</dl></div>'
-      for name, rows in facts)
+  lists = [
+      (name, ''.join(f'<dt>{escape(label)}</dt><dd>{escape(value)}</dd>' for label, value in rows))
+      for name, rows in facts]
+  groups = ''.join(f'<div><h3>{escape(name)}</h3><dl>{rows}</dl></div>' for name, rows in lists)
+  trees = (('Config', records.config), ('Manifest', shown_manifest(records.manifest)))
   folds = ''.join(
       f'<details><summary>{name}</summary><pre>{escape(json.dumps(tree, indent=2))}</pre></details>'
-      for name, tree in (('Config', records.config), ('Manifest', records.manifest)) if tree)
-  return _head('The run') + f'<div class="facts">{groups}</div><div class="folds">{_METHOD}{folds}</div>'
+      for name, tree in trees if tree)
+  return (_head('The run') + f'<div class="facts">{groups}</div>'
+          f'<div class="folds">{_METHOD}{folds}</div>')
 
 
 _METHOD = """<details><summary>How to read this page</summary><div class="method">
@@ -231,6 +238,6 @@ snapshot within a quarter of the way of the old extreme and arrives at the first
 the new one. The first upward swing is the family's first rise; the swings after it are hops.
 A family counts from 400 items in 4 contexts on.</p>
 <p><b>Controls</b> are items of ordinary documents, which no shortcut contests. They are calm while
-their accuracy stays within 3 points, or 4 binomial standard errors where that is more, of the median
-over the last half of the run. A swing is claimed only while they are, one snapshot on either side
-included.</p></div></details>"""
+their accuracy stays within 3 points, or 4 binomial standard errors where that is more, of the
+median over the last half of the run. A swing is claimed only while they are, one snapshot on
+either side included.</p></div></details>"""

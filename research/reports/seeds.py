@@ -91,7 +91,24 @@ def hop_sentences(runs: Sequence[SeedRun], least: int = 3) -> str:
       f'{n_runs_with_hops(runs, name, least)} of {words.count(len(runs), "run")}'
       for name in family_names(runs)]
   calm = sum(run.analysis.controls is not None and run.analysis.controls.calm for run in runs)
-  return '\n'.join([*lines, f'- Controls: calm on {calm} of {words.count(len(runs), "run")}']) + '\n'
+  lines.append(f'- Controls: calm on {calm} of {words.count(len(runs), "run")}')
+  return '\n'.join(lines) + '\n'
+
+
+def seeds_report(run_dirs: Sequence[RunDir]) -> str:
+  """Returns the table of all runs and, for each experiment among them, its hop sentences.
+
+  Runs of one experiment differ in the part of their name that begins with `-seed`.
+
+  Raises:
+    UserError: a run was not monitored.
+  """
+  runs = read_seed_runs(run_dirs)
+  groups: dict[str, list[SeedRun]] = {}
+  for run, run_dir in zip(runs, run_dirs, strict=True):
+    groups.setdefault(run_dir.path.name.partition('-seed')[0], []).append(run)
+  sentences = [f'{name}:\n{hop_sentences(members)}' for name, members in groups.items()]
+  return '\n'.join([seeds_table(runs), *sentences])
 
 
 def _line(cells):
@@ -120,7 +137,7 @@ def _control_cell(analysis):
   if state.settled_step is None:
     return f'never settled at {state.level:.3f}'
   verdict = 'calm' if state.calm else f'{len(state.outside_steps)} snapshots outside'
-  return (f'{verdict}: within {state.largest_deviation:.3f} of {state.level:.3f} from step '
+  return (f'{verdict}: at most {state.largest_deviation:.3f} off {state.level:.3f} from step '
           f'{state.settled_step:,} (tolerance {state.tolerance:.3f}, {state.n_items:,} items)')
 
 

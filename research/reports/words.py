@@ -146,7 +146,8 @@ def control_sentence(analysis: Analysis) -> str:
     return (f'Controls calm: {count(controls.n_items, "item")} within {points} from step '
             f'{controls.settled_step:,} on.{few}')
   return (f'Controls restless: after they settled at step {controls.settled_step:,}, '
-          f'{count(len(outside), "snapshot")} beyond {points}, the first at step {outside[0]:,}.{few}')
+          f'{count(len(outside), "snapshot")} beyond {points}, the first at step '
+          f'{outside[0]:,}.{few}')
 
 
 def _other_families(analysis):

@@ -17,6 +17,8 @@ from research import config as config_lib
 from research.config import ExperimentConfig
 from research.data.batches import batches, heldout_batches, make_source
 from research.errors import UserError
+from research.evals.compression import COMPRESSORS
+from research.evals.heldout_text import score_heldout_text
 from research.monitors.watch import Watch
 from research.reports.report import build_report
 from research.run_dir import CACHE, RunDir, write_whole
@@ -154,6 +156,8 @@ def _train(config, run_dir, mesh, numerics, source) -> None:
   for log in (metrics_log, evals_log, timings_log, board):
     if log:
       log.close()
+  if config.data.kind == 'text' and config.data.text.heldout_fraction:
+    _score_heldout_text(config, run_dir, source, built, eval_step, state.params)
   _finish(run_dir, config, manifest, clock)
 
 
@@ -261,9 +265,20 @@ def _describe(run_dir, config, built, manifest) -> None:
 
 
 def _heldout_loss(eval_step, params, heldout) -> dict[str, float]:
-  nats = sum(float(np.sum(eval_step(params, batch), dtype=np.float64)) for batch in heldout)
+  nats = sum(float(np.asarray(eval_step(params, batch)).sum(dtype=np.float64)) for batch in heldout)
   tokens = sum(float(batch['loss_mask'].sum()) for batch in heldout)
   return {'heldout_loss': nats / tokens, 'heldout_tokens': tokens}
+
+
+def _score_heldout_text(config, run_dir, source, built, eval_step, params) -> None:
+  """Scores every held-out byte once and says bits per byte beside compressors."""
+  mine = built.local_rows()
+  scored = score_heldout_text(config, source, lambda batch: eval_step(params, built.place_batch(
+      {name: x_BL[mine] for name, x_BL in batch.items()})))
+  write_whole(run_dir.heldout_text_json, json.dumps(scored, indent=2) + '\n')
+  for name, row in scored.items():
+    compressors = ', '.join(f'{key} {row[key]:.3f}' for key in COMPRESSORS)
+    print(f'held-out text, {name}: {row["bits_per_byte"]:.3f} bits per byte ({compressors})')
 
 
 def _finish(run_dir, config, manifest, clock) -> None:

@@ -39,6 +39,14 @@ def _is_names(leaf: Any) -> bool:
   return isinstance(leaf, tuple)
 
 
+def _own_axes(names: tuple) -> list[int]:
+  """Returns the indices of a leaf's axes without the leading ones that only stack leaves."""
+  n_stacked = 0
+  while n_stacked < len(names) and names[n_stacked] in ('layers', 'experts'):
+    n_stacked += 1
+  return list(range(n_stacked, len(names)))
+
+
 def decay_mask(logical_axes: Any, decay_embeddings: bool) -> Any:
   """Returns a tree of bool: True for matrices, False for norms, biases and per-layer scalars.
 
@@ -46,7 +54,7 @@ def decay_mask(logical_axes: Any, decay_embeddings: bool) -> Any:
   `decay_embeddings`. Biases of attention ([N, H, E]) are told apart by having no input axis.
   """
   def decide(path, names):
-    axes = [name for name in names if name not in ('layers', 'experts')]
+    axes = [names[i] for i in _own_axes(names)]
     if 'vocab' in axes or 'positions' in axes:
       return decay_embeddings and len(axes) > 1
     return len(axes) > 1 and not _is_bias(path, axes)
@@ -67,7 +75,7 @@ def _muon_dimensions(logical_axes: Any, mask: Any) -> Any:
   def dimensions(names, is_matrix):
     if not is_matrix or 'vocab' in names or 'positions' in names:
       return None
-    axes = [i for i, name in enumerate(names) if name not in ('layers', 'experts')]
+    axes = _own_axes(names)
     reads = names[axes[0]] == 'embed'
     inputs, outputs = (axes[:1], axes[1:]) if reads else (axes[:-1], axes[-1:])
     return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))

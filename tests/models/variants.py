@@ -6,7 +6,7 @@ from models.config import ModelConfig, MoEConfig, RopeConfig
 
 TINY = ModelConfig(
   vocab_size=19, context_length=24, n_layers=2, d_model=12, n_heads=4, n_kv_heads=2, d_head=6,
-  d_ff=10, attention_block=4, init_std=0.2,
+  d_ff=10, attention_block=8, init_std=0.2, scan_layers='scan',
 )
 
 
@@ -20,7 +20,6 @@ VARIANTS = {
     theta=500.0, scaling='llama3', factor=4.0, original_context=32, high_freq_factor=3.0
   )),
   'qwen3': tiny(qk_norm='head', tie_embeddings=False),
-  'qwen2': tiny(qkv_bias=True),
   'olmo2': tiny(norm_placement='post', qk_norm='projection', tie_embeddings=False),
   'olmo3': tiny(
     norm_placement='post', qk_norm='projection', layer_pattern=('sliding', 'sliding', 'full'),
@@ -47,7 +46,7 @@ VARIANTS = {
     mlp_bias=True, n_kv_heads=4,
   ),
   'bloom': tiny(positions='alibi', layer_pattern=('full', 'sliding'), window=6),
-  'no_positions': tiny(positions='none', mlp_bias=True),
+  'no_positions': tiny(positions='none', mlp_bias=True, qkv_bias=True),
   'mixtral': tiny(moe=MoEConfig(n_experts=5, top_k=2, d_expert=7)),
   'olmoe': tiny(
     moe=MoEConfig(n_experts=4, top_k=3, d_expert=7, normalize_top_k=False),

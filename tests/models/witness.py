@@ -8,18 +8,17 @@ import math
 import numpy as np
 
 
-def randomized(params, seed=0, scale=0.3):
-  """Returns parameters with every leaf random, norms and biases included."""
+def randomized(shapes, seed=0, scale=0.3):
+  """Returns parameters of these shapes, every leaf random, norms and biases included."""
   rng = np.random.default_rng(seed)
 
   def leaf(x):
-    noise = rng.normal(size=x.shape) * scale
-    return (np.asarray(x) + noise).astype(np.float32)
+    return (rng.normal(size=x.shape) * scale).astype(np.float32)
 
-  if isinstance(params, dict):
-    return {name: randomized(child, seed + i + 1, scale) for i, (name, child) in
-            enumerate(sorted(params.items()))}
-  return leaf(params)
+  if isinstance(shapes, dict):
+    return {name: randomized(child, 7 * seed + i + 1, scale) for i, (name, child) in
+            enumerate(sorted(shapes.items()))}
+  return leaf(shapes)
 
 
 def norm(config, p, x):

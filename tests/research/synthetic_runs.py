@@ -69,10 +69,16 @@ def write_records(run_dir: RunDir, n_steps: int, last_step: int, name: str = 'sy
                 'context_length': 64, 'vocab_size': 700, 'compute_dtype': 'float32'},
       'data': {'kind': 'microworld', 'batch_size': 48, 'sequence_length': 64},
       'optimizer': {'name': 'adamw', 'peak_lr': 0.002, 'schedule': 'constant'}}
+  start = {
+      'time': '2026-01-02T03:04:05+0000', 'from_step': 0, 'commit': '0123456789abcdef0123',
+      'command': ['launchers/pretrain.py', '--experiment=quickstart'],
+      'diff': '-a\n+b', 'changes': {},
+      'machine': {'python': '3.11.7', 'packages': {'jax': '0.10.2'}, 'platform': 'cpu',
+                  'device_kind': 'cpu', 'n_devices': 1, 'cpu': 'A CPU', 'threads': 2}}
   manifest = {
-      'commit': '0123456789abcdef', 'dirty': False, 'command': ['python', '-m', 'launchers.pretrain'],
-      'parameters': {'total': 182_000, 'active': 182_000},
-      'packages': {'jax': '0.10.2', 'flax': '0.12.8'}, 'mesh': {'data': 1}}
+      'experiment': name, 'starts': [start], 'hashes': {'data': 'd' * 64, 'tokenizer': 't' * 64},
+      'parent': {'run_dir': '', 'step': -1}, 'mesh': {'data': 1, 'fsdp': 1},
+      'model': {'parameters': 182_000, 'active_parameters': 182_000, 'flops_per_token': 1.1e6}}
   run_dir.config_json.write_text(json.dumps(config))
   run_dir.manifest_json.write_text(json.dumps(manifest))
   noise = np.random.default_rng(seed)
@@ -84,8 +90,9 @@ def write_records(run_dir: RunDir, n_steps: int, last_step: int, name: str = 'sy
         'cross_entropy': loss, 'z_loss': 0.0, 'skipped': 0.0,
         'grad_norm': 0.5 + 3 * np.exp(-step / 80) + 0.05 * noise.random(),
         'learning_rate': 2e-3 * min(1, step / 50)})
-    timings.append({'step': step, 'seconds': 0.08, 'tokens_per_second': 38_000 + 900 * noise.normal(),
-                    'mfu': 0.41, 'monitor_seconds': 0.008, 'save_seconds': 0.002})
+    timings.append({
+        'step': step, 'seconds': 0.08, 'tokens_per_second': 38_000 + 900 * noise.normal(),
+        'mfu': 0.41, 'monitor_seconds': 0.008, 'save_seconds': 0.002})
     if step % 100 == 0:
       evals.append({'step': step, 'heldout_loss': loss + 0.1, 'bits_per_byte': loss / 3})
   for path, rows in ((run_dir.metrics_jsonl, metrics), (run_dir.evals_jsonl, evals),

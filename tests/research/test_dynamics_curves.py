@@ -8,6 +8,7 @@ import pytest
 
 from research.dynamics.analysis import analyze
 from research.dynamics.curves import ScoresError, read_curves
+from research.monitors import table as monitor_table
 from research.run_dir import RunDir
 from tests.research import synthetic_runs
 
@@ -45,6 +46,19 @@ def test_curves_equal_a_pandas_aggregation(run_dir):
       row = wanted.loc[(step, context.family, context.is_control, context.dataset, context.seed)]
       np.testing.assert_allclose(curves.accuracy_TC[t, c], row.right, rtol=1e-12)
       np.testing.assert_allclose(curves.margin_TC[t, c], row.margin, rtol=1e-6)
+
+
+def test_curves_agree_with_what_training_prints(run_dir):
+  # Training summarizes each snapshot on its own; both read the same files.
+  items = monitor_table.read_item_table(run_dir.monitor_items)
+  curves = curves_of(run_dir)
+  for t, step in enumerate(curves.steps):
+    _, scores = monitor_table.read_scores(run_dir.monitor_scores / monitor_table.scores_name(step))
+    for row in monitor_table.summary(items, int(step), scores):
+      c = [(x.dataset, x.seed) for x in curves.contexts].index((row.dataset, row.seed))
+      np.testing.assert_allclose(curves.accuracy_TC[t, c], row.accuracy, rtol=1e-12)
+      np.testing.assert_allclose(curves.margin_TC[t, c], row.margin, rtol=1e-12)
+      assert curves.contexts[c].n_items == row.n_items
 
 
 def test_a_tie_is_not_generalizing(run_dir):

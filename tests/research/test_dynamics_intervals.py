@@ -27,8 +27,8 @@ def test_datasets_are_strata():
   error = np.sqrt((share**2 * grouped.var(ddof=1) / grouped.size()).sum())
   half = stats.t.ppf(0.975, 7 - 2) * error
   np.testing.assert_allclose(band.mean[0], values.mean(), rtol=1e-12)
-  np.testing.assert_allclose([band.low[0], band.high[0]], [values.mean() - half, values.mean() + half],
-                             rtol=1e-9)
+  wanted = [values.mean() - half, values.mean() + half]
+  np.testing.assert_allclose([band.low[0], band.high[0]], wanted, rtol=1e-9)
   as_one = over_contexts(values[None], [50] * 7, ['a'] * 7, bounds=(0, 1))
   assert as_one.high[0] - as_one.low[0] > 4 * (band.high[0] - band.low[0])
 
