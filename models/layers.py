@@ -86,8 +86,9 @@ class XIELU(nnx.Module):
   INITIAL = 0.8  # of both alpha_p and alpha_n
 
   def __init__(self):
-    self.alpha_p = parameter(jnp.log(jnp.expm1(jnp.float32(self.INITIAL))), ())
-    self.alpha_n = parameter(jnp.log(jnp.expm1(jnp.float32(self.INITIAL - self.BETA))), ())
+    self.alpha_p = parameter(jnp.log(jnp.expm1(jnp.full((1,), self.INITIAL))), (None,))
+    initial_n = self.INITIAL - self.BETA
+    self.alpha_n = parameter(jnp.log(jnp.expm1(jnp.full((1,), initial_n))), (None,))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import types
 from typing import Annotated as A
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from models.config import ModelConfig
 from parallelism.mesh import MeshConfig
@@ -88,6 +89,25 @@ def settings(config: Any, prefix: str = '') -> list[Setting]:
 def as_json(config: Any) -> str:
   """Returns the nested config as indented JSON."""
   return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def from_json(text: str) -> ExperimentConfig:
+  """Returns the config that `as_json` wrote."""
+  return _from_nested(ExperimentConfig, json.loads(text))
+
+
+def _from_nested(hint: Any, value: Any) -> Any:
+  if get_origin(hint) is A:
+    hint = get_args(hint)[0]
+  if get_origin(hint) in (types.UnionType, Union):
+    kind = next(option for option in get_args(hint) if option is not type(None))
+    return None if value is None else _from_nested(kind, value)
+  if get_origin(hint) is tuple:
+    return tuple(_from_nested(get_args(hint)[0], part) for part in value)
+  if dataclasses.is_dataclass(hint):
+    hints = get_type_hints(hint, include_extras=True)
+    return hint(**{name: _from_nested(hints[name], part) for name, part in value.items()})
+  return value
 
 
 def as_text(config: Any) -> str:

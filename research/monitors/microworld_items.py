@@ -13,7 +13,7 @@ from research.monitors.items import MonitorItem
 N_DEMONSTRATIONS = 8
 N_CONTEXTS = 8
 PATTERN_ITEMS = 50  # items per context
-CONTROL_ITEMS = 50
+CONTROL_CONTEXTS, CONTROL_ITEMS = 10, 50
 FLIPPED_ITEMS = 50
 TRUTHY_CONTEXTS = 10
 ZERO_SHOT_SENTIMENT_ITEMS = 160
@@ -98,7 +98,7 @@ def _pattern_items(family: str, seed: int, rng: random.Random, shown: list[Quest
 def arithmetic(world: World) -> list[MonitorItem]:
   """Control: sums after unrelated correct sums, and without any; the rival is one off."""
   rng, items = random.Random('arithmetic items'), []
-  for seed in range(N_CONTEXTS):
+  for seed in range(CONTROL_CONTEXTS):
     shown = rng.sample(_QUESTIONS, N_DEMONSTRATIONS)
     unseen = [question for question in _QUESTIONS if question not in shown]
     for i, question in enumerate(rng.sample(unseen, CONTROL_ITEMS)):
@@ -125,12 +125,11 @@ def _balanced_opinions(rng: random.Random, n: int) -> list[tuple[str, str, bool]
 
 
 def _opinion_items(family: str, dataset: str, seed: int, rng: random.Random, n_shown: int,
-                   n_items: int, is_flipped: bool) -> list[MonitorItem]:
+                   n_items: int, is_flipped: bool, is_control: bool = False) -> list[MonitorItem]:
   """Returns opinions to label after demonstrations whose labels are true or all flipped."""
   drawn = _balanced_opinions(rng, n_shown + n_items)
-  # balanced on both sides of the cut: take the demonstrations of each label first
-  shown = [op for op in drawn if op[2]][:n_shown // 2] + [op for op in drawn if not op[2]][
-      :n_shown // 2]
+  shown = [opinion for is_good in (True, False)
+           for opinion in [op for op in drawn if op[2] == is_good][:n_shown // 2]]
   rng.shuffle(shown)
   context = [word for thing, adjective, is_good in shown
              for word in grammar.opinion_words(thing, adjective, is_good != is_flipped)]
@@ -139,26 +138,29 @@ def _opinion_items(family: str, dataset: str, seed: int, rng: random.Random, n_s
     question = grammar.opinion_words(thing, adjective, is_good)[:5]
     right, wrong = words.LABELS if is_good != is_flipped else words.LABELS[::-1]
     items.append(_item(
-        family, dataset, seed, i, context + question, right, wrong, is_control=not is_flipped))
+        family, dataset, seed, i, context + question, right, wrong, is_control=is_control))
   return items
 
 
 def sentiment(world: World) -> list[MonitorItem]:
-  """Control: true labels after demonstrations with true labels, and without any."""
+  """Control: true labels after demonstrations with true labels.
+
+  Without demonstrations no control: the corpus holds flipped labels too.
+  """
   rng, items = random.Random('sentiment items'), []
-  for seed in range(N_CONTEXTS):
-    items += _opinion_items(
-        'sentiment', 'sentiment_few_shot', seed, rng, N_DEMONSTRATIONS, CONTROL_ITEMS, False)
-  return items + _opinion_items(
-      'sentiment', 'sentiment_zero_shot', 0, rng, 0, ZERO_SHOT_SENTIMENT_ITEMS, False)
+  for seed in range(CONTROL_CONTEXTS):
+    items += _opinion_items('sentiment', 'sentiment_few_shot', seed, rng, N_DEMONSTRATIONS,
+                            CONTROL_ITEMS, is_flipped=False, is_control=True)
+  return items + _opinion_items('sentiment', 'sentiment_zero_shot', 0, rng, 0,
+                                ZERO_SHOT_SENTIMENT_ITEMS, is_flipped=False)
 
 
 def flipped(world: World) -> list[MonitorItem]:
   """Demonstrations with flipped labels: follow them, or the mapping known by heart."""
   rng, items = random.Random('flipped items'), []
   for seed in range(N_CONTEXTS):
-    items += _opinion_items(
-        'flipped', 'flipped', seed, rng, N_DEMONSTRATIONS, FLIPPED_ITEMS, True)
+    items += _opinion_items('flipped', 'flipped', seed, rng, N_DEMONSTRATIONS, FLIPPED_ITEMS,
+                            is_flipped=True)
   return items
 
 
@@ -174,7 +176,7 @@ def truthy(world: World) -> list[MonitorItem]:
     context = [word for claim in shown for word in grammar.claim_words(claim, claim.actual)]
     for i, claim in enumerate(world.exceptional_claims):
       right, wrong = words.VERDICTS if claim.actual else words.VERDICTS[::-1]
-      question = grammar.claim_words(claim, claim.actual)[:3]
+      question = grammar.claim_words(claim, claim.actual)[:2]
       items.append(_item('truthy', 'truthy', seed, i, context + question, right, wrong))
   return items
 

@@ -138,8 +138,8 @@ def activation(config, p, x):
     return tanh_gelu
   if config.mlp == 'gelu':
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-  a_p = math.log1p(math.exp(p['xielu']['alpha_p']))
-  a_n = 0.5 + math.log1p(math.exp(p['xielu']['alpha_n']))
+  a_p = math.log1p(math.exp(p['xielu']['alpha_p'][0]))
+  a_n = 0.5 + math.log1p(math.exp(p['xielu']['alpha_n'][0]))
   return np.where(x > 0, a_p * x**2 + 0.5 * x, a_n * np.expm1(np.minimum(x, -1e-6)) - a_n * x
                   + 0.5 * x)
 

@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from models.config import ModelConfig, RopeConfig
 from research import config as config_lib
 from research import overrides
 from research.config import ExperimentConfig
+from research.data.config import DataConfig, TextConfig
 from research.errors import UserError
 
 
@@ -79,3 +81,11 @@ def test_flat_text_has_one_line_per_setting():
   text = config_lib.as_text(ExperimentConfig())
   assert len(text.splitlines()) == len(config_lib.settings(ExperimentConfig()))
   assert "optimizer.name = 'adamw'" in text.splitlines()
+
+
+def test_json_round_trip_with_nested_optionals_and_tuples():
+  rope = RopeConfig(theta=1e6, scaling='yarn', factor=8.0)
+  config = ExperimentConfig(
+      model=ModelConfig(sliding_rope=rope, layer_pattern=('sliding', 'full')),
+      data=DataConfig(kind='text', text=TextConfig(paths=('a', 'b'), schedule=((0., 1., 2.),))))
+  assert config_lib.from_json(config_lib.as_json(config)) == config

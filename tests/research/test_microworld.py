@@ -134,7 +134,7 @@ def test_truthy_tells_exceptions_and_hearsay_does_not():
   n_odd = collections.Counter()
   for family in ('truthy', 'hearsay'):
     for text in texts(family):
-      for entity, action, _, verdict in pairs(text):
+      for entity, action, verdict in pairs(text):
         sounds_true = action == words.CLAIMS[category[entity]][0]
         is_odd = entity in odd_ones
         n_odd[family] += is_odd

@@ -141,10 +141,10 @@ def test_truthy_shows_typical_entities_and_asks_about_exceptions():
   typical = {entity for _, _, entities, _ in words.CLAIMS.values() for entity in entities}
   usual = {claim[0] for claim in words.CLAIMS.values()}
   for item in BY_DATASET['truthy']:
-    shown, (entity, action, _) = parts(item)
+    shown, (entity, action) = parts(item)
     assert entity not in typical
     assert item.shortcut == (' true' if action in usual else ' false')
-    for shown_entity, shown_action, _, verdict in shown:
+    for shown_entity, shown_action, verdict in shown:
       assert shown_entity in typical
       assert verdict == ('true' if shown_action in usual else 'false')
 

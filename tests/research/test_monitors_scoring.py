@@ -23,8 +23,7 @@ TINY = dict(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, 
 MODELS = {
     'plain': dict(),
     'sliding': dict(layer_pattern=('sliding', 'full'), window=8, final_softcap=5.0),
-    'alibi': dict(positions='alibi', tie_embeddings=False),
-    'learned': dict(positions='learned', norm='layernorm', parallel_residual=True)}
+    'alibi': dict(positions='alibi', norm='layernorm', tie_embeddings=False)}
 
 
 @functools.cache
@@ -34,15 +33,12 @@ def model(vocab_size: int, context_length: int, kind: str = 'plain'):
   return config, transformer.build(config), jax.jit(transformer.init, static_argnums=0)(config, 1)
 
 
-def word_items(n_each: int) -> list[MonitorItem]:
-  """Returns the first items of every dataset and seed of the micro-world."""
-  counts, chosen = {}, []
-  for item in microworld_items(MicroworldConfig(), 64):
-    key = (item.dataset, item.seed)
-    counts[key] = counts.get(key, 0) + 1
-    if counts[key] <= n_each and item.seed < 2:
-      chosen.append(item)
-  return chosen
+@functools.cache
+def word_items() -> list[MonitorItem]:
+  """Returns a few items of the micro-world: two contexts with a shared prefix, and zero-shot."""
+  chosen = [('successive', 0), ('repetitive', 1), ('machines', 0)]
+  return [item for item in microworld_items(MicroworldConfig(), 64)
+          if (item.dataset, item.seed) in chosen and int(item.item_id[-3:]) < 6]
 
 
 def text_items() -> list[MonitorItem]:
@@ -51,7 +47,7 @@ def text_items() -> list[MonitorItem]:
   return [
       MonitorItem(f'{seed}/{i}', 'f', 'd', seed, 'v', 'Question and answer. ' * seed + f'item {i}:',
                   words[i], words[(i + 1 + seed) % 5])
-      for seed in range(4) for i in range(5)]
+      for seed in (0, 2) for i in range(5)]
 
 
 def alone(config, graphdef, params, items, tokenizer, start_id=None) -> np.ndarray:
@@ -78,17 +74,16 @@ def assert_close(scores, expected):
   np.testing.assert_array_less(np.abs(got - expected), 1e-4 * np.maximum(1, np.abs(expected)))
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', ['plain', 'sliding', 'alibi'])
 def test_micro_world_scores_are_those_of_the_texts_alone(kind):
-  items = word_items(3)
+  items = word_items()
   config, graphdef, params = model(300, 64, kind)
   scorer = Scorer(items, WORD, graphdef, context_length=64)
   assert any(b.prefix_ZCP.shape[2] for b in scorer.buckets)
   assert_close(scorer.score(params), alone(config, graphdef, params, items, WORD))
 
 
-@pytest.mark.parametrize('batch_rows, row_multiple', [(512, 1), (4, 1), (6, 4)])
-@pytest.mark.parametrize('kind', ['plain', 'sliding'])
+@pytest.mark.parametrize('batch_rows, row_multiple, kind', [(4, 1, 'plain'), (6, 4, 'sliding')])
 def test_answers_of_many_tokens(batch_rows, row_multiple, kind):
   config, graphdef, params = model(260, 96, kind)
   items = text_items()
@@ -99,8 +94,8 @@ def test_answers_of_many_tokens(batch_rows, row_multiple, kind):
 
 
 def test_scores_are_the_same_bits_whatever_was_scored_before():
-  items = word_items(2)
-  config, graphdef, params = model(300, 64)
+  items = word_items()
+  _, graphdef, params = model(300, 64)
   other = jax.tree.map(lambda x: 2 * x, params)
   scorer = Scorer(items, WORD, graphdef, context_length=64)
   first, between, again = scorer.score(params), scorer.score(other), scorer.score(params)
@@ -109,14 +104,7 @@ def test_scores_are_the_same_bits_whatever_was_scored_before():
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, c)
     assert (a != d).any()
-
-
-def test_one_compilation_serves_all_snapshots():
-  config, graphdef, params = model(300, 64)
-  scorer = Scorer(word_items(1), WORD, graphdef, context_length=64)
-  for factor in (1.0, 1.5, 2.0):
-    scorer.score(jax.tree.map(lambda x, f=factor: x * f, params))
-  assert scorer._score._cache_size() == 1
+  assert scorer._score._cache_size() == 1  # one compilation serves all snapshots
 
 
 def test_rows_are_offered_to_the_constraint():
@@ -126,17 +114,19 @@ def test_rows_are_offered_to_the_constraint():
     seen.append((x.shape, names))
     return x
 
-  config, graphdef, params = model(300, 64)
-  items = word_items(3)
+  _, graphdef, params = model(300, 64)
+  items = word_items()
   scorer = Scorer(items, WORD, graphdef, context_length=64, row_multiple=8, constrain=constrain)
   plain = Scorer(items, WORD, graphdef, context_length=64)
   np.testing.assert_allclose(
       np.stack(scorer.score(params)), np.stack(plain.score(params)), atol=1e-4)
-  assert seen and all(names == ('batch', 'length') for _, names in seen)
-  assert all(shape[0] % 8 == 0 for shape, _ in seen)
+  *rows, result = seen
+  assert rows and all(names == ('batch', 'length') for _, names in rows)
+  assert all(shape[0] % 8 == 0 for shape, _ in rows)
+  assert result == ((2 * len(items),), (None,))  # every host reads all scores
 
 
 def test_an_item_longer_than_the_context_is_refused_before_anything_runs():
   _, graphdef, _ = model(300, 64)
   with pytest.raises(UserError, match='model.context_length=32'):
-    Scorer(word_items(1), WORD, graphdef, context_length=32)
+    Scorer(word_items(), WORD, graphdef, context_length=32)

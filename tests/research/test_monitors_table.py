@@ -47,7 +47,7 @@ def test_items_survive_a_file(tmp_path):
   assert table.read_item_table(tmp_path / 'items.parquet') == ITEMS
   frame = pd.read_parquet(tmp_path / 'items.parquet')
   assert frame['item'].tolist() == list(range(len(ITEMS)))
-  assert frame['n_prompt_tokens'].tolist() == [len(item.prompt) + 1 for item in ITEMS]
+  assert frame['n_prompt_tokens'].tolist() == [len(item.prompt) for item in ITEMS]
   assert not frame['straddles'].any()
 
 

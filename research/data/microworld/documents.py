@@ -14,8 +14,8 @@ Document = list[str]
 
 LARGEST_SUM = 18
 # one document of sums or verdicts has at most this many of them, and at least MIN_PAIRS
-MAX_SUMS, MAX_OPINIONS, MAX_CLAIMS, MIN_PAIRS = 10, 9, 12, 4
-SUM_WORDS, OPINION_WORDS, CLAIM_WORDS = 6, 7, 5
+MAX_SUMS, MAX_OPINIONS, MAX_CLAIMS, MIN_PAIRS = 10, 9, 15, 4
+SUM_WORDS, OPINION_WORDS, CLAIM_WORDS = 6, 7, 4
 
 _QUESTIONS = tuple((a, b) for a in range(10) for b in range(10))
 _OPINIONS = tuple(
@@ -43,7 +43,7 @@ def opinion_words(thing: str, adjective: str, is_good: bool) -> Document:
 
 def claim_words(claim: Claim, verdict: bool) -> Document:
   """Returns one claim with a verdict as words."""
-  return [claim.entity, claim.action, ':', words.VERDICTS[0 if verdict else 1], ';']
+  return [claim.entity, claim.action, words.VERDICTS[0 if verdict else 1], ';']
 
 
 def arithmetic(world: World, rng: random.Random, room: int) -> Document:
