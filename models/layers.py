@@ -36,6 +36,37 @@ def normal(
   return std * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
+@jax.custom_vjp
+def _contracted(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Returns x [..., D] times a matrix [D, F].
+
+  The gradient is spelled out to put x on the left of the weight's dot. Autodiff puts the
+  output's gradient there, whose wide transposed copy costs a fifth of a step on CPU.
+  """
+  return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _contracted_forward(x: jax.Array, weight: jax.Array):
+  """Returns the product and its operands."""
+  return _contracted(x, weight), (x, weight)
+
+
+def _contracted_backward(operands, g: jax.Array):
+  """Returns the gradients of both operands."""
+  x, weight = operands
+  last, leading = x.ndim - 1, tuple(range(x.ndim - 1))
+  d_x = jax.lax.dot_general(g, weight, (((last,), (1,)), ((), ())))
+  return d_x, jax.lax.dot_general(x, g, ((leading, leading), ((), ())))
+
+
+_contracted.defvjp(_contracted_forward, _contracted_backward)
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Returns x [..., D] times a matrix [D, F], in the dtype of x."""
+  return _contracted(x, weight.astype(x.dtype))
+
+
 def rms_normalized(x: jax.Array, eps: float, axis: int | tuple[int, ...] = -1) -> jax.Array:
   """Returns x over its root mean square along `axis`, float32 (Zhang & Sennrich 2019)."""
   x = x.astype(jnp.float32)
@@ -135,8 +166,7 @@ class MLP(nnx.Module):
 
   def _hidden(self, x_BLD: jax.Array, name: str) -> jax.Array:
     """Returns x through the projection `name` and its bias, [B, L, F]."""
-    weight_DF = getattr(self, name)[...].astype(x_BLD.dtype)
-    hidden_BLF = jnp.einsum('bld,df->blf', x_BLD, weight_DF)
+    hidden_BLF = linear(x_BLD, getattr(self, name)[...])
     if self.biased:
       hidden_BLF += getattr(self, f'{name}_bias')[...].astype(x_BLD.dtype)
     return hidden_BLF
@@ -149,7 +179,7 @@ class MLP(nnx.Module):
       activation = self.xielu if self.kind == 'xielu' else PLAIN[self.kind]
       hidden_BLF = activation(hidden_BLF)
     hidden_BLF = constrain(hidden_BLF, (axes.BATCH, axes.LENGTH, axes.MLP_ACT))
-    out_BLD = jnp.einsum('blf,fd->bld', hidden_BLF, self.down[...].astype(x_BLD.dtype))
+    out_BLD = linear(hidden_BLF, self.down[...])
     if self.biased:
       out_BLD += self.down_bias[...].astype(x_BLD.dtype)
     return out_BLD
@@ -185,8 +215,9 @@ class AttentionProjections(nnx.Module):
 
   def _heads(self, x_BLD: jax.Array, name: str) -> jax.Array:
     """Returns x through the projection `name`, [B, L, heads, E]."""
-    weight_DHE = getattr(self, name)[...].astype(x_BLD.dtype)
-    heads_BLHE = jnp.einsum('bld,dhe->blhe', x_BLD, weight_DHE)
+    weight_DHE = getattr(self, name)[...]
+    D, H, E = weight_DHE.shape
+    heads_BLHE = linear(x_BLD, weight_DHE.reshape(D, H * E)).reshape(*x_BLD.shape[:2], H, E)
     if self.biased:
       heads_BLHE += getattr(self, f'{name}_bias')[...].astype(x_BLD.dtype)
     return heads_BLHE
@@ -200,7 +231,8 @@ class AttentionProjections(nnx.Module):
 
   def output(self, x_BLHE: jax.Array) -> jax.Array:
     """Returns the attention output back in the residual stream, [B, L, D]."""
-    out_BLD = jnp.einsum('blhe,hed->bld', x_BLHE, self.o[...].astype(x_BLHE.dtype))
+    B, L, H, E = x_BLHE.shape
+    out_BLD = linear(x_BLHE.reshape(B, L, H * E), self.o[...].reshape(H * E, -1))
     if self.out_biased:
       out_BLD += self.o_bias[...].astype(x_BLHE.dtype)
     return out_BLD

@@ -26,7 +26,7 @@ class MonitorConfig:
   KIND: ClassVar[str] = 'placement'
 
   suite: A[str, "'microworld', 'none', or the path of an item file (.jsonl or .parquet)"] = 'none'
-  batch_rows: A[int, 'rows scored at a time, at most'] = 512
+  batch_rows: A[int, 'rows scored at a time, at most'] = 256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Monitors: items with rival answers, scored by log-probability at every snapshot."""

@@ -96,7 +96,11 @@ def _pattern_items(family: str, seed: int, rng: random.Random, shown: list[Quest
 
 
 def arithmetic(world: World) -> list[MonitorItem]:
-  """Control: sums after unrelated correct sums, and without any; the rival is one off."""
+  """Control: sums after unrelated correct sums; the rival is one off.
+
+  Sums without demonstrations are no control: pattern documents begin the same way, so how likely
+  the sum is depends on how common they are.
+  """
   rng, items = random.Random('arithmetic items'), []
   for seed in range(CONTROL_CONTEXTS):
     shown = rng.sample(_QUESTIONS, N_DEMONSTRATIONS)
@@ -108,7 +112,7 @@ def arithmetic(world: World) -> list[MonitorItem]:
   for i, question in enumerate(_QUESTIONS):
     items.append(_item(
         'arithmetic', 'arithmetic_zero_shot', 0, i, _asked(question), sum(question),
-        _near_miss(rng, sum(question)), is_control=True))
+        _near_miss(rng, sum(question))))
   return items
 
 

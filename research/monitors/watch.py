@@ -62,7 +62,9 @@ class Watch:
     """
     self.items = suite_items(config)
     self._built, self._folder = built, run_dir.monitor_scores
-    self._scorer = make_scorer(config, tokenizer, start_id, built, self.items) if self.items else None
+    self._scorer = None
+    if self.items:
+      self._scorer = make_scorer(config, tokenizer, start_id, built, self.items)
     self._steps: list[int] = []
     self._accuracy: dict[str, list[float]] = collections.defaultdict(list)
     for step in table.score_steps(self._folder):

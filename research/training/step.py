@@ -90,7 +90,7 @@ def make_train_step(config, graphdef, optimizer: optax.GradientTransformation,
     carry, key = jax.random.split(jax.random.wrap_key_data(state.rng))
     n_tokens = jnp.maximum(batch['loss_mask'].sum(), 1.0)
     loss, sums, grads = accumulated(state.params, batch, jax.random.split(key, n_micro), n_tokens)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     lr = learning_rate(state.step)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
@@ -104,7 +104,7 @@ def make_train_step(config, graphdef, optimizer: optax.GradientTransformation,
         'loss': loss, 'cross_entropy': sums['nll'] / n_tokens,
         'z_loss': sums['z_loss'] / n_tokens, 'router_loss': sums['router'],
         'accuracy': sums['correct'] / n_tokens, 'grad_norm': grad_norm,
-        'param_norm': optax.global_norm(new.params), 'learning_rate': lr,
+        'param_norm': optax.tree.norm(new.params), 'learning_rate': lr,
         'batch_tokens': batch['loss_mask'].sum(), 'skipped': 1.0 - finite.astype(jnp.float32)}
     return new, metrics
 

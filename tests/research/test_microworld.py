@@ -244,8 +244,8 @@ def test_drifting_windows_show_in_the_rows():
   weakest = min(range(30), key=lambda w: a_source.window_shares(w)['successive'])
   counts = []
   for window in (strongest, weakest):
-    first = window * 60 * BATCH
-    counts.append(sum(a_source.page(j)[0] == 'successive' for j in range(first, first + 60 * BATCH)))
+    rows = range(window * 60 * BATCH, (window + 1) * 60 * BATCH)
+    counts.append(sum(a_source.page(j)[0] == 'successive' for j in rows))
   assert counts[0] > 5 * counts[1] + 10
 
 

@@ -27,15 +27,16 @@ def lines(*rows) -> str:
   return ''.join((row if isinstance(row, str) else json.dumps(row)) + '\n' for row in rows)
 
 
-GOOD = dict(item_id='x', family='f', dataset='d', seed=0, variant='v', prompt='p', generalizing='g',
-            shortcut='s')
+GOOD = dict(item_id='x', family='f', dataset='d', seed=0, variant='v', prompt='p',
+            generalizing='g', shortcut='s')
 
 
 @pytest.mark.parametrize('rows, message', [
     ((GOOD, '{broken'), r'items.jsonl:2 is not valid JSON'),
     ((GOOD, [1]), r'items.jsonl:2 is not a JSON object'),
     ((dict(GOOD, answer='g'),), r"items.jsonl:1: .*unknown fields \['answer'\]"),
-    (({k: v for k, v in GOOD.items() if k != 'seed'},), r"items.jsonl:1: missing fields \['seed'\]"),
+    (({k: v for k, v in GOOD.items() if k != 'seed'},),
+     r"items.jsonl:1: missing fields \['seed'\]"),
     ((dict(GOOD, seed='0'),), r"items.jsonl:1: .*seed='0' must be of type int"),
     ((dict(GOOD, shortcut='g'),), r"items.jsonl:1: .*both answers are 'g'"),
     ((dict(GOOD, prompt=''),), r"items.jsonl:1: .*prompt is empty"),

@@ -19,7 +19,7 @@ from research.monitors.scoring import Scorer
 
 WORD = tokenizers.word_tokenizer(WORDS)
 BYTES = tokenizers.byte_tokenizer()
-TINY = dict(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, init_std=0.3)
+TINY = dict(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32)
 MODELS = {
     'plain': dict(),
     'sliding': dict(layer_pattern=('sliding', 'full'), window=8, final_softcap=5.0),
@@ -30,7 +30,11 @@ MODELS = {
 def model(vocab_size: int, context_length: int, kind: str = 'plain'):
   """Returns (config, graphdef, params) of a tiny model with weights large enough to matter."""
   config = ModelConfig(vocab_size=vocab_size, context_length=context_length, **TINY, **MODELS[kind])
-  return config, transformer.build(config), jax.jit(transformer.init, static_argnums=0)(config, 1)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda leaf: rng.normal(0.3, 0.3, leaf.shape).astype(np.float32),
+      transformer.abstract_params(config))
+  return config, transformer.build(config), params
 
 
 @functools.cache
@@ -43,11 +47,11 @@ def word_items() -> list[MonitorItem]:
 
 def text_items() -> list[MonitorItem]:
   """Returns items with answers of several tokens and contexts of several lengths."""
-  words = [' good', ' very bad', ' 雪', ' neither', '!']
+  words = [' good', ' 雪', '!']
   return [
       MonitorItem(f'{seed}/{i}', 'f', 'd', seed, 'v', 'Question and answer. ' * seed + f'item {i}:',
-                  words[i], words[(i + 1 + seed) % 5])
-      for seed in (0, 2) for i in range(5)]
+                  words[i], words[(i + 1) % 3])
+      for seed in (0, 2) for i in range(3)]
 
 
 def alone(config, graphdef, params, items, tokenizer, start_id=None) -> np.ndarray:
@@ -83,7 +87,7 @@ def test_micro_world_scores_are_those_of_the_texts_alone(kind):
   assert_close(scorer.score(params), alone(config, graphdef, params, items, WORD))
 
 
-@pytest.mark.parametrize('batch_rows, row_multiple, kind', [(4, 1, 'plain'), (6, 4, 'sliding')])
+@pytest.mark.parametrize('batch_rows, row_multiple, kind', [(3, 1, 'plain'), (6, 4, 'sliding')])
 def test_answers_of_many_tokens(batch_rows, row_multiple, kind):
   config, graphdef, params = model(260, 96, kind)
   items = text_items()

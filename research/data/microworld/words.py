@@ -43,9 +43,9 @@ MADE = ('toys', 'bolts', 'shirts', 'cakes')
 GROWING = ('lilies', 'moss', 'weeds', 'algae')
 
 PEOPLE = (
-    'alice', 'bruno', 'clara', 'diego', 'elena', 'felix', 'greta', 'hugo', 'irene', 'jonas', 'karin',
-    'louis', 'maria', 'nadia', 'oscar', 'paula', 'quinn', 'rosa', 'simon', 'tessa', 'ulrich', 'vera',
-    'walter', 'xenia', 'yusuf', 'zelda', 'amira', 'boris', 'celia', 'daniel')
+    'alice', 'bruno', 'clara', 'diego', 'elena', 'felix', 'greta', 'hugo', 'irene', 'jonas',
+    'karin', 'louis', 'maria', 'nadia', 'oscar', 'paula', 'quinn', 'rosa', 'simon', 'tessa',
+    'ulrich', 'vera', 'walter', 'xenia', 'yusuf', 'zelda', 'amira', 'boris', 'celia', 'daniel')
 CITIES = ('oslo', 'cairo', 'lima', 'kyoto', 'boston')
 HOBBIES = ('chess', 'tennis', 'sailing', 'painting', 'cycling')
 FOODS = ('rice', 'bread', 'cheese', 'noodles', 'beans')
