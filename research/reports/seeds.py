@@ -21,7 +21,7 @@ class SeedRun:
 
 
 def read_seed_runs(run_dirs: Sequence[RunDir]) -> list[SeedRun]:
-  """Returns the runs with their swings, labeled by seed (by directory where seeds repeat).
+  """Returns the runs with their swings, labeled by directory.
 
   Raises:
     UserError: a run was not monitored, or there is no run.
@@ -34,10 +34,7 @@ def read_seed_runs(run_dirs: Sequence[RunDir]) -> list[SeedRun]:
     if not len(analysis.steps):
       raise UserError(f'{run_dir.path} has no monitor scores in {run_dir.monitor_scores}')
     runs.append(SeedRun(run_dir.path.name, analysis, read_records(run_dir)))
-  seeds = [run.records.config.get('seed') for run in runs]
-  if None in seeds or len(set(seeds)) < len(seeds):
-    return runs
-  return [dataclasses.replace(run, label=f'seed {seed}') for run, seed in zip(runs, seeds)]
+  return runs
 
 
 def family_names(runs: Sequence[SeedRun]) -> list[str]:

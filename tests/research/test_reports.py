@@ -246,7 +246,7 @@ def test_seeds_side_by_side(tmp_path):
   run_dirs = [synthetic_runs.hopping_run(tmp_path / f'run{seed}', seed=seed, every=50)
               for seed in (3, 4)]
   runs = seeds.read_seed_runs(run_dirs)
-  assert [run.label for run in runs] == ['seed 3', 'seed 4']
+  assert [run.label for run in runs] == ['run3', 'run4']
   assert seeds.n_runs_with_hops(runs, 'successive') == 2
   assert seeds.n_runs_with_hops(runs, 'flipped') == 0
   table = seeds.seeds_table(runs).splitlines()

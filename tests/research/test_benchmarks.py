@@ -1,0 +1,153 @@
+"""The benchmarks: rivals compute modehop's decoder, intervals are exact, the commands work.
+
+Witnesses: Flax NNX's own layers and attention with Optax's cross-entropy (an independent decoder)
+for the loss and its gradient; closed forms of the binomial for intervals; hand-made timing rows.
+The PyTorch rivals are compared by the benchmark itself at its start.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import contenders, flax_step, modehop_step, run_cost, shapes
+from experiments.benchmarks.estimates import estimate
+from research.training.step import make_loss
+
+SHAPE = dataclasses.replace(shapes.SHAPES['tiny'], n_heads=4, d_head=8)
+N_ROWS = 3
+
+
+@pytest.fixture(scope='module')
+def both():
+  """Loss and gradient, by modehop's names, of modehop and of the Flax decoder."""
+  built = modehop_step.build(SHAPE, N_ROWS, 'float32')
+  weights = modehop_step.fresh_weights(built)
+  batch = shapes.batches(SHAPE, N_ROWS, 1)[0]
+  micro = {name: jnp.asarray(x) for name, x in modehop_step.full_batch(batch).items()}
+  with jax.default_matmul_precision('highest'):
+    (loss, _), grads = jax.value_and_grad(make_loss(built.config, built.graphdef), has_aux=True)(
+        modehop_step.unflatten(built, weights), micro, jax.random.key(0),
+        jnp.float32(N_ROWS * SHAPE.length), 1)
+    theirs, their_grads = nnx.value_and_grad(flax_step.loss_fn)(
+        flax_step.decoder(SHAPE, weights), batch['tokens'], batch['targets'])
+  return (float(loss), modehop_step.flatten(grads)), (float(theirs), by_our_names(their_grads))
+
+
+def by_our_names(grads) -> shapes.Weights:
+  grads = nnx.to_pure_dict(grads)
+  layers = [grads['layers'][i] for i in range(SHAPE.n_layers)]
+  stack = lambda name, key, shape: np.stack(
+      [np.asarray(layer[name][key]).reshape(shape) for layer in layers])
+  heads, D, F = (SHAPE.n_heads, SHAPE.d_head), SHAPE.d_model, SHAPE.d_ff
+  return {
+      'embedding.tokens': np.asarray(grads['embedding']['embedding']),
+      'final_norm.scale': np.asarray(grads['final_norm']['scale']),
+      **{f'blocks.{n}.scale': stack(n, 'scale', (D,)) for n in ('attention_norm', 'mlp_norm')},
+      **{f'blocks.attention.{n}': stack(n, 'kernel', (D, *heads)) for n in 'qkv'},
+      'blocks.attention.o': stack('o', 'kernel', (*heads, D)),
+      'blocks.mlp.gate': stack('gate', 'kernel', (D, F)),
+      'blocks.mlp.up': stack('up', 'kernel', (D, F)),
+      'blocks.mlp.down': stack('down', 'kernel', (F, D))}
+
+
+def test_flax_decoder_has_the_loss_of_modehop(both):
+  (ours, _), (theirs, _) = both
+  assert abs(ours - theirs) <= 1e-5 * max(1, abs(theirs))
+  assert abs(ours - np.log(SHAPE.vocab_size)) > 0.1  # not a model that says nothing
+
+
+def test_flax_decoder_has_the_gradient_of_modehop(both):
+  (_, ours), (_, theirs) = both
+  assert ours.keys() == theirs.keys()
+  for name, theirs_leaf in theirs.items():
+    norm = np.linalg.norm(theirs_leaf)
+    assert norm > 0, name
+    assert np.linalg.norm(ours[name] - theirs_leaf) <= 1e-5 * norm, name
+
+
+def test_a_wrong_weight_is_seen():
+  built = modehop_step.build(SHAPE, N_ROWS, 'float32')
+  weights = modehop_step.fresh_weights(built)
+  batch = shapes.batches(SHAPE, N_ROWS, 1)[0]
+  loss = lambda weights: float(flax_step.loss_fn(
+      flax_step.decoder(SHAPE, weights), batch['tokens'], batch['targets']))
+  q, k = weights['blocks.attention.q'], weights['blocks.attention.k']
+  swapped = {**weights, 'blocks.attention.q': q[:, :, ::-1], 'blocks.attention.k': k}
+  assert abs(loss(swapped) - loss(weights)) > 1e-4
+
+
+@pytest.mark.parametrize('n, low, high, coverage', [
+    (1, 0, 0, 0.0), (2, 0, 1, 1 / 2), (5, 0, 4, 15 / 16), (6, 0, 5, 31 / 32),
+    (9, 1, 7, 1 - 2 * (1 + 9) / 2**9)])
+def test_interval_is_that_of_order_statistics(n, low, high, coverage):
+  values = [10.0 * i for i in range(n)]
+  result = estimate(values[::-1])
+  assert (result.low, result.high) == (values[low], values[high])
+  assert result.coverage == pytest.approx(coverage, abs=1e-12)
+  assert result.median == pytest.approx(np.median(values))
+
+
+def test_window_is_the_wall_time_between_two_rows():
+  rows = [
+      {'step': 1, 'seconds': 50.0, 'data_seconds': 1.0},
+      {'step': 2, 'seconds': 2.0, 'data_seconds': 0.5, 'mfu': 7.0, 'tokens_per_second': 9.0},
+      {'step': 3, 'seconds': 3.0, 'save_seconds': 0.25, 'monitor_seconds': 0.5}]
+  assert run_cost.window(rows, skip=1) == 5.75
+  assert run_cost.window(rows, skip=1, phase='monitor_seconds') == 0.5
+
+
+def test_cost_is_relative_to_the_run_without():
+  rounds = [{run_cost.WITH: {'window': 11.5}, run_cost.SAVING: {'window': 10.0},
+             run_cost.NEITHER: {'window': 8.0}}]
+  assert run_cost.relative_costs(rounds, 'monitoring', 'window') == pytest.approx([0.15])
+  assert run_cost.relative_costs(rounds, 'saving', 'window') == pytest.approx([0.25])
+
+
+def bench(module: str, *arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, '-m', f'experiments.benchmarks.{module}', *arguments],
+                        capture_output=True, text=True, check=False)
+
+
+def test_train_step_measures_side_by_side(tmp_path):
+  path = tmp_path / 'result.json'
+  ended = bench('train_step', '--sizes=tiny', '--tokens=64', '--rounds=1', '--seconds=0',
+                '--contenders=modehop,flax', f'--json={path}')
+  assert ended.returncode == 0, ended.stderr
+  assert 'flax: same loss: yes' in ended.stdout
+  assert '| flax |' in ended.stdout
+  result = json.loads(path.read_text(encoding='utf-8'))['sizes'][0]
+  assert result['contenders'].keys() == {'modehop', 'flax'}
+  for measured in result['contenders'].values():
+    assert measured['rounds'][0]['seconds'] > 0
+
+
+@pytest.mark.parametrize('module, arguments, says', [
+    ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
+    ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
+    ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none')])
+def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
+  ended = bench(module, *arguments)
+  assert ended.returncode == 2
+  assert says in ended.stderr
+  assert 'Traceback' not in ended.stderr
+
+
+@pytest.mark.parametrize('module', ['train_step', 'run_cost'])
+def test_help_teaches(module):
+  ended = bench(module, '--help')
+  assert ended.returncode == 0
+  assert f'python -m experiments.benchmarks.{module}' in ended.stdout
+  assert '--rounds' in ended.stdout
+
+
+def test_absent_pytorch_is_a_reason_and_a_command(monkeypatch):
+  monkeypatch.setattr(contenders.importlib.util, 'find_spec', lambda name: None)
+  assert "pip install -e '.[bench]'" in contenders.reason_to_skip('torch')
+  assert contenders.reason_to_skip('flax') == ''
