@@ -92,7 +92,7 @@ class EvalConfig:
 
   KIND: ClassVar[str] = 'placement'
 
-  every: A[int, 'steps between held-out evaluations; 0: only at the end'] = 100
+  every: A[int, 'steps between held-out evaluations; 0: none'] = 100
   n_batches: A[int, 'batches of held-out rows per evaluation'] = 4
 
   def __post_init__(self):

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from models.counting import flops_per_token, parameter_counts
-from parallelism import hardware
 from parallelism.mesh import make_mesh
 from parallelism.sharding import path_name
 from research import build as build_lib
@@ -25,7 +24,8 @@ from research.run_dir import CACHE, RunDir, write_whole
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
 from research.training.checkpoints import Checkpoints
-from research.training.logs import JsonLines, Progress, TensorBoard, duration
+from research.training.logs import duration
+from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotWriter
 
 
@@ -78,129 +78,63 @@ def _train(config, run_dir, mesh, numerics, source) -> None:
   kept = -1 if restored is None else first  # What was written after this step is written again.
   _describe(run_dir, config, built, manifest)
 
-  metrics_log = JsonLines(run_dir.metrics_jsonl, kept)
-  evals_log = JsonLines(run_dir.evals_jsonl, kept)
-  timings_log = JsonLines(run_dir.timings_jsonl, kept)
-  board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
+  recorder = Recorder(config, run_dir, first=first, kept=kept, tokens=position['tokens'],
+                      n_devices=mesh.size)
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
   watch = Watch(config, source.tokenizer, source.start_id, built, run_dir, kept)
   heldout = [built.place_batch(batch) for batch in heldout_batches(
       source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
-  progress = Progress(config.n_steps, first, config.logging.progress_seconds)
   train_step, eval_step = built.train_step(), built.eval_step()
-  peak, _ = hardware.peak_flops(mesh.size)
-  flops = flops_per_token(config.model, config.data.sequence_length)
-  facts = {name: manifest['hashes'][name] for name in ('data', 'tokenizer')}
-  clock = _Clock()
-
-  def record(step: int, metrics: dict[str, jax.Array]) -> None:
-    """Writes the row of a step that has been dispatched; waits until it is done."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    position['tokens'] += int(values.pop('batch_tokens'))
-    row = {'step': step, 'tokens': position['tokens'], **values}
-    seconds, phases = clock.lap()
-    rate = config.data.batch_size * config.data.sequence_length / seconds
-    timing = {'step': step, 'seconds': seconds, 'tokens_per_second': rate,
-              'mfu': rate * flops / peak, **phases}
-    metrics_log.append(row)
-    timings_log.append(timing)
-    if board:
-      board.write('train', row)
-      board.write('timing', timing)
-    progress.update(step, row['loss'], rate, timing['mfu'], watch.n_swings)
 
   def observe(step: int, state) -> None:
     """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint."""
-    last = step == config.n_steps
-    every = config.checkpoints.snapshot_every
-    if every and (step % every == 0 or last):
-      with clock.phase('save_seconds'):
+    if _due(step, config.checkpoints.snapshot_every, config):
+      with recorder.phase('save'):
         stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
         snapshots.write(step, stored)
-      with clock.phase('monitor_seconds'):
-        summary = watch.score(step, stored)
-        if board and summary:
-          board.write('monitors', {'step': step, **summary})
-    if heldout and (last or (config.evals.every and step % config.evals.every == 0)):
-      with clock.phase('eval_seconds'):
-        row = {'step': step, **_heldout_loss(eval_step, state.params, heldout)}
-        evals_log.append(row)
-        if board:
-          board.write('heldout', row)
-    if step and (step % config.checkpoints.every == 0 or last):
-      with clock.phase('save_seconds'):
+      with recorder.phase('monitor'):
+        recorder.monitors(step, watch.score(step, stored))
+    if heldout and _due(step, config.evals.every, config):
+      with recorder.phase('eval'):
+        recorder.heldout({'step': step, **_heldout_loss(eval_step, state.params, heldout)})
+    if step and _due(step, config.checkpoints.every, config):
+      with recorder.phase('save'):
         snapshots.wait()
-        checkpoints.save(step, state, {**position, 'step': step}, facts)
+        checkpoints.save(step, state, {'step': step, 'tokens': recorder.tokens},
+                         manifest['hashes'])
 
   if restored is None:
     observe(0, state)
   stream = batches(source, config.data.batch_size, first, built.local_rows(), prefetch=4)
-  waiting = None
+  dispatched = None
   for step in range(first + 1, config.n_steps + 1):
-    with clock.phase('data_seconds'):
+    with recorder.phase('data'):
       batch = built.place_batch(next(stream))
     state, metrics = train_step(state, batch)
-    if waiting:
-      record(*waiting)
-    waiting = (step, metrics)
-    if _due(config, step):
-      record(*waiting)
-      waiting = None
+    if dispatched:  # The row of a step is written while the next one is computed.
+      recorder.step(*dispatched, watch.n_swings)
+    dispatched = (step, metrics)
+    if any(_due(step, every, config) for every in _cadences(config)):
+      recorder.step(*dispatched, watch.n_swings)
+      dispatched = None
       observe(step, state)
-  if waiting:
-    record(*waiting)
 
   snapshots.close()
   checkpoints.close()
-  for log in (metrics_log, evals_log, timings_log, board):
-    if log:
-      log.close()
+  recorder.close()
   if config.data.kind == 'text' and config.data.text.heldout_fraction:
     _score_heldout_text(config, run_dir, source, built, eval_step, state.params)
-  _finish(run_dir, config, manifest, clock)
+  _finish(run_dir, config, manifest, time.perf_counter() - recorder.began)
 
 
-def _due(config: ExperimentConfig, step: int) -> bool:
-  cadences = (config.checkpoints.snapshot_every, config.checkpoints.every, config.evals.every)
-  return step == config.n_steps or any(every and step % every == 0 for every in cadences)
+def _cadences(config: ExperimentConfig) -> tuple[int, ...]:
+  return config.checkpoints.snapshot_every, config.checkpoints.every, config.evals.every
 
 
-class _Clock:
-  """Wall time per step and, inside it, per phase."""
-
-  def __init__(self):
-    self.began = self._lap = time.perf_counter()
-    self._phases: dict[str, float] = {}
-
-  def phase(self, name: str):
-    """Returns a context manager that adds its duration to phase `name` of the current step."""
-    return _Phase(self._phases, name)
-
-  def lap(self) -> tuple[float, dict[str, float]]:
-    """Returns (seconds of compute, seconds of each phase) since the last lap.
-
-    Phases other than waiting for data are taken out of the step's own seconds.
-    """
-    now = time.perf_counter()
-    phases = dict(self._phases)
-    self._phases.clear()
-    outside = sum(seconds for name, seconds in phases.items() if name != 'data_seconds')
-    seconds, self._lap = max(now - self._lap - outside, 1e-9), now
-    return seconds, phases
-
-
-class _Phase:
-
-  def __init__(self, phases, name):
-    self._phases, self._name = phases, name
-
-  def __enter__(self):
-    self._start = time.perf_counter()
-
-  def __exit__(self, *unused):
-    spent = time.perf_counter() - self._start
-    self._phases[self._name] = self._phases.get(self._name, 0.0) + spent
+def _due(step: int, every: int, config: ExperimentConfig) -> bool:
+  """Returns whether what happens every so many steps (0: never), and at the end, happens now."""
+  return bool(every) and (step % every == 0 or step == config.n_steps)
 
 
 def _check_vocabulary(config: ExperimentConfig, tokenizer) -> None:
@@ -281,12 +215,12 @@ def _score_heldout_text(config, run_dir, source, built, eval_step, params) -> No
     print(f'held-out text, {name}: {row["bits_per_byte"]:.3f} bits per byte ({compressors})')
 
 
-def _finish(run_dir, config, manifest, clock) -> None:
-  manifest['seconds_last_start'] = time.perf_counter() - clock.began
+def _finish(run_dir, config, manifest, seconds) -> None:
+  manifest['seconds_last_start'] = seconds
   manifest_lib.write(run_dir, manifest)
   report = build_report(run_dir)
   write_whole(run_dir.done, json.dumps({'step': config.n_steps}) + '\n')
-  print(f'{config.name}: done in {duration(manifest["seconds_last_start"])}')
+  print(f'{config.name}: done in {duration(seconds)}')
   print(f'report: {report.resolve()}', flush=True)
 
 

@@ -1,0 +1,100 @@
+"""The record of a run while it goes on: rows, TensorBoard, timings per phase, progress line."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from models.counting import flops_per_token
+from parallelism import hardware
+from research.config import ExperimentConfig
+from research.run_dir import RunDir
+from research.training.logs import JsonLines, Progress, TensorBoard
+
+
+class Recorder:
+  """Writes one metrics row and one timings row per step, and a row per held-out evaluation.
+
+  Attributes:
+    tokens: loss-bearing tokens consumed so far.
+    began: clock at the start of this process's work.
+  """
+
+  def __init__(self, config: ExperimentConfig, run_dir: RunDir, *, first: int, kept: int,
+               tokens: int, n_devices: int):
+    """Opens the logs and drops their rows after step `kept`.
+
+    Args:
+      config: the experiment.
+      run_dir: where its logs are.
+      first: the step from which this process goes on.
+      kept: the last step whose rows stay; -1 for none.
+      tokens: loss-bearing tokens consumed up to `first`.
+      n_devices: devices of the mesh, for the share of their peak (MFU).
+    """
+    self.tokens = tokens
+    self._step_tokens = config.data.batch_size * config.data.sequence_length
+    peak, _ = hardware.peak_flops(n_devices)
+    self._flops_share = flops_per_token(config.model, config.data.sequence_length) / peak
+    self._metrics = JsonLines(run_dir.metrics_jsonl, kept)
+    self._evals = JsonLines(run_dir.evals_jsonl, kept)
+    self._timings = JsonLines(run_dir.timings_jsonl, kept)
+    self._board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
+    self._progress = Progress(config.n_steps, first, config.logging.progress_seconds)
+    self.began = self._lap = time.perf_counter()
+    self._phases: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def phase(self, name: str) -> Iterator[None]:
+    """Adds the time spent inside to `<name>_seconds` of the current step."""
+    start = time.perf_counter()
+    yield
+    key = f'{name}_seconds'
+    self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - start
+
+  def step(self, step: int, metrics: dict[str, jax.Array], n_hops: int) -> None:
+    """Writes the rows of a step that has been dispatched; waits until it is done."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    self.tokens += int(values.pop('batch_tokens'))
+    row = {'step': step, 'tokens': self.tokens, **values}
+    seconds, phases = self._time_step()
+    rate = self._step_tokens / seconds
+    timing = {'step': step, 'seconds': seconds, 'tokens_per_second': rate,
+              'mfu': rate * self._flops_share, **phases}
+    self._metrics.append(row)
+    self._timings.append(timing)
+    self._to_board('train', row)
+    self._to_board('timing', timing)
+    self._progress.update(step, row['loss'], rate, timing['mfu'], n_hops)
+
+  def heldout(self, row: dict[str, Any]) -> None:
+    """Writes a row of held-out loss."""
+    self._evals.append(row)
+    self._to_board('heldout', row)
+
+  def monitors(self, step: int, accuracies: dict[str, float]) -> None:
+    """Shows the accuracy of every dataset of a snapshot in TensorBoard."""
+    self._to_board('monitors', {'step': step, **accuracies})
+
+  def close(self) -> None:
+    """Flushes and closes all logs."""
+    for log in (self._metrics, self._evals, self._timings, self._board):
+      if log:
+        log.close()
+
+  def _to_board(self, group: str, row: dict[str, Any]) -> None:
+    if self._board:
+      self._board.write(group, row)
+
+  def _time_step(self) -> tuple[float, dict[str, float]]:
+    """Returns the step's own seconds, and those of each phase, since the last call.
+
+    Waiting for data belongs to a step, other phases stand beside it.
+    """
+    now = time.perf_counter()
+    phases, self._phases = self._phases, {}
+    beside = sum(seconds for name, seconds in phases.items() if name != 'data_seconds')
+    seconds, self._lap = max(now - self._lap - beside, 1e-9), now
+    return seconds, phases
