@@ -4,6 +4,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +32,19 @@ def _chosen(name: str, among: list[str], what: str) -> str:
   return name
 
 
+def _module(name: str) -> types.ModuleType:
+  return importlib.import_module(f'experiments.{_chosen(name, experiment_names(), "experiment")}')
+
+
+def _is_run(name: str) -> bool:
+  return '/' in name or hasattr(_module(name), 'get_config')
+
+
 def load_sweep(name: str) -> dict[str, ExperimentConfig]:
   """Returns the members of a sweep by name; raises UserError if it is none."""
-  module = importlib.import_module(f'experiments.{_chosen(name, experiment_names(), "experiment")}')
-  if not hasattr(module, 'get_configs'):
+  if _is_run(name):
     raise UserError(f'--experiment={name} is one run, not a sweep; start it with launchers.pretrain')
-  return module.get_configs()
+  return _module(name).get_configs()
 
 
 def load_experiment(name: str) -> ExperimentConfig:
@@ -48,12 +56,10 @@ def load_experiment(name: str) -> ExperimentConfig:
   if slash:
     members = load_sweep(module_name)
     return members[_chosen(member, list(members), f'member of {module_name}')]
-  _chosen(name, experiment_names(), 'experiment')
-  module = importlib.import_module(f'experiments.{name}')
-  if not hasattr(module, 'get_config'):
+  if not _is_run(name):
     raise UserError(f'--experiment={name} is a sweep; start it with launchers.sweep, or one of its '
-                    f'members as {name}/<member>: {", ".join(module.get_configs())}')
-  return module.get_config()
+                    f'members as {name}/<member>: {", ".join(load_sweep(name))}')
+  return _module(name).get_config()
 
 
 def override_arguments() -> list[str]:
@@ -94,9 +100,10 @@ def _help(arguments: list[str]) -> str:
   if 'experiment' in flags.FLAGS:
     chosen = [a.partition('=')[2] for a in arguments if a.startswith('--experiment=')]
     name = chosen[-1] if chosen else flags.FLAGS['experiment'].default
+    config = load_experiment(name) if _is_run(name) else next(iter(load_sweep(name).values()))
     lines += ['Experiments: ' + ', '.join(experiment_names()), '',
-              f'Settings (--config.<name>=<value>), with the values of {name}:']
-    for row in settings(load_experiment(name)):
+              f'Settings (--config.<name>=<value>), with the values of {config.name}:']
+    for row in settings(config):
       lines += [f'  {row.path}={row.value}', f'      {row.doc} [{row.kind}]']
   return '\n'.join(lines)
 

@@ -1,7 +1,10 @@
-"""Medians of few rounds and their intervals, free of assumptions on how timings scatter."""
+"""Medians of few rounds, intervals free of assumptions on how timings scatter, and their tables."""
 
+import importlib.metadata
 import math
-from typing import NamedTuple
+import os
+import platform
+from typing import Any, NamedTuple
 
 
 class Estimate(NamedTuple):
@@ -34,3 +37,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
   """Returns a Markdown table; the first column is text, the others are numbers."""
   rules = ['---'] + ['---:'] * (len(header) - 1)
   return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [header, rules, *rows])
+
+
+def machine() -> dict[str, Any]:
+  """Returns what the timings depend on: cores, load before the start, versions."""
+  versions = {}
+  for package in ('jax', 'jaxlib', 'flax', 'torch'):
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = 'absent'
+  return {'machine': platform.machine(), 'cores': len(os.sched_getaffinity(0)),
+          'load_before': os.getloadavg()[0], **versions}

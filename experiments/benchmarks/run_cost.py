@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from experiments.benchmarks import command_line
-from experiments.benchmarks.estimates import Estimate, estimate, table
+from experiments.benchmarks.estimates import Estimate, estimate, machine, table
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
@@ -101,14 +101,16 @@ def _report(rounds: list[dict[str, dict[str, float]]]) -> str:
   times = [[way, f'{estimate([row[way]["window"] for row in rounds]).median:.1f}',
             f'{estimate([row[way]["command"] for row in rounds]).median:.1f}'] for way in WAYS]
   return '\n\n'.join([
-      table(['cost', 'wall time with / without - 1', "the run's own clock", 'whole command'], rows),
+      table(['cost', 'wall time with / without - 1', "the run's own clock", 'whole command'],
+            rows),
       table(['run with', f'steps {SKIP.value + 1} to {STEPS.value}, s', 'whole command, s'], times)])
 
 
 def main() -> None:
   if SKIP.value >= STEPS.value:
     raise UserError(f'--skip={SKIP.value} leaves none of --steps={STEPS.value}')
-  rounds = []
+  facts, rounds = machine(), []
+  print(facts, flush=True)
   for i in range(ROUNDS.value):
     ways = list(WAYS)[i % 3:] + list(WAYS)[:i % 3]
     measured = {}
@@ -124,7 +126,7 @@ def main() -> None:
   print(_report(rounds))
   if JSON.value:
     write_whole(pathlib.Path(JSON.value), json.dumps(
-        {'experiment': EXPERIMENT.value, 'steps': STEPS.value, 'skip': SKIP.value,
+        {'machine': facts, 'experiment': EXPERIMENT.value, 'steps': STEPS.value, 'skip': SKIP.value,
          'rounds': rounds}, indent=2) + '\n')
 
 

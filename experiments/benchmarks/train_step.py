@@ -23,7 +23,7 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.contenders import CONTENDERS, reason_to_skip
-from experiments.benchmarks.estimates import Estimate, estimate, table
+from experiments.benchmarks.estimates import Estimate, estimate, machine, table
 from experiments.benchmarks.shapes import SHAPES
 from experiments.benchmarks.workers import Worker
 from research.errors import UserError
@@ -94,6 +94,7 @@ def _measure_size(size: str, names: list[str], stack: contextlib.ExitStack) -> d
         'compile_seconds': ready['compile_seconds'], 'rounds': [],
         'difference': _compare(name, ready['losses'], base)}
   ablation = worker('ablation') if PROFILE.value else None
+  result['ablation_parts'] = ablation.ready if ablation else {}
 
   for i in range(ROUNDS.value):
     print(f'{size}: round {i + 1} of {ROUNDS.value}', flush=True)
@@ -102,7 +103,7 @@ def _measure_size(size: str, names: list[str], stack: contextlib.ExitStack) -> d
       steps = max(2, math.ceil(SECONDS.value / workers[name].ready['step_seconds']))
       result['contenders'][name]['rounds'].append(workers[name].ask(steps=steps))
     if ablation:
-      result['ablation'].append(ablation.ask(steps=2)['seconds'])
+      result['ablation'].append(ablation.ask(steps=3)['seconds'])
   return result
 
 
@@ -136,23 +137,21 @@ def _summary_table(result: dict[str, Any]) -> str:
 
 def _ablation_table(result: dict[str, Any]) -> str:
   """Returns where modehop's time goes: nested parts that add up, then variants of the step."""
-  # The one module that knows the parts imports JAX, which this process has no other need of.
-  from experiments.benchmarks.ablation import NESTED, STEP, VARIANTS  # pylint: disable=g-import-not-at-top
-  rounds = result['ablation']
+  rounds, parts = result['ablation'], result['ablation_parts']
+  whole, nested = parts['whole'], parts['nested']
 
   def share(of) -> str:
-    return _span(estimate([of(row) / row[STEP] for row in rounds]), lambda x: f'{x:.0%}')
+    return _span(estimate([of(row) / row[whole] for row in rounds]), lambda x: f'{x:.0%}')
 
-  step = estimate([row[STEP] for row in rounds]).median
+  step = estimate([row[whole] for row in rounds]).median
   roof = TOKENS.value * result['flops_per_token'] / max(result['peaks'])
   rows = [[f'whole step, {step * 1e3:.0f} ms', '100%']]
-  names = list(NESTED)
-  for before, name in zip([None, *names], names):
-    rows.append([f'of it {NESTED[name]}', share(
+  for before, name in zip([None, *nested], nested):
+    rows.append([f'of it {nested[name]}', share(
         lambda row: row[name] - (row[before] if before else 0))])
   rows.append(['its matrix products at the measured roof would take', f'{roof / step:.0%}'])
   rows += [[f'the step {name} ({doc})', share(lambda row: row[name])]
-           for name, doc in VARIANTS.items()]
+           for name, doc in parts['variants'].items()]
   return table(['modehop', 'share of the step'], rows)
 
 
@@ -161,7 +160,8 @@ def _print_result(result: dict[str, Any], skipped: dict[str, str]) -> None:
   print(f'\n### {result["size"]}: {result["parameters"]:,} parameters, '
         f'{result["flops_per_token"] / 1e6:.2f} MFLOP per token\n'
         f'{TOKENS.value:,} tokens per step in rows of {shape.length}; f32 matmul roof '
-        f'{max(result["peaks"]) / 1e9:.0f} GFLOP/s; modehop in {result["n_micro"]} micro-batches.\n')
+        f'{max(result["peaks"]) / 1e9:.0f} GFLOP/s; modehop accumulates {result["n_micro"]} '
+        'micro-batches.\n')
   print(_summary_table(result))
   for name, reason in skipped.items():
     print(f'\n{name}: skipped. {reason}')
@@ -176,7 +176,8 @@ def main() -> None:
     _n_rows(size)
   skipped = {name: reason for name in NAMES.value if (reason := reason_to_skip(name))}
   names = [name for name in dict.fromkeys(NAMES.value) if name not in skipped]
-  results = []
+  facts, results = machine(), []
+  print(facts, flush=True)
   for size in SIZES.value:
     with contextlib.ExitStack() as stack:
       results.append(_measure_size(size, names, stack))
@@ -188,8 +189,8 @@ def main() -> None:
     _print_result(result, skipped)
   if JSON.value:
     write_whole(pathlib.Path(JSON.value), json.dumps(
-        {'tokens': TOKENS.value, 'rounds': ROUNDS.value, 'skipped': skipped, 'sizes': results},
-        indent=2) + '\n')
+        {'machine': facts, 'tokens': TOKENS.value, 'rounds': ROUNDS.value, 'skipped': skipped,
+         'sizes': results}, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -54,13 +54,10 @@ def score_snapshot(scorer: Scorer, built: Build, stored: Any) -> Scores:
 class Watch:
   """Scores every snapshot while training runs, and keeps count of hops."""
 
-  def __init__(self, config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None,
-               built: Build, run_dir: RunDir, kept: int):
-    """Loads what was scored up to step `kept` and removes what was scored after it.
-
-    Raises UserError when the suite cannot be read or does not fit the model.
-    """
-    self.items = suite_items(config)
+  def __init__(self, config: ExperimentConfig, items: list[MonitorItem], tokenizer: Tokenizer,
+               start_id: int | None, built: Build, run_dir: RunDir, kept: int):
+    """Loads what was scored up to step `kept` and removes what was scored after it."""
+    self.items = items
     self._built, self._folder = built, run_dir.monitor_scores
     self._scorer = None
     if self.items:

@@ -18,7 +18,8 @@ from research.data.batches import batches, heldout_batches, make_source
 from research.errors import UserError
 from research.evals.compression import COMPRESSORS
 from research.evals.heldout_text import score_heldout_text
-from research.monitors.watch import Watch
+from research.monitors.encoding import encode_items
+from research.monitors.watch import Watch, suite_items
 from research.reports.report import build_report
 from research.run_dir import CACHE, RunDir, write_whole
 from research.training import manifest as manifest_lib
@@ -47,13 +48,15 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
     raise UserError(str(error)) from error
   source = make_source(config.data, config.n_steps, CACHE)
   _check_vocabulary(config, source.tokenizer)
+  items = suite_items(config)
+  encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
   run_dir.lock()
   try:
     if run_dir.done.exists():
       manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash)
       print(f'finished already: {run_dir.report_html.resolve()}')
       return
-    _train(config, run_dir, mesh, numerics, source)
+    _train(config, run_dir, mesh, numerics, source, items)
   except Exception as error:
     if _disk_full(error):
       raise UserError(
@@ -64,7 +67,7 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
     run_dir.unlock()
 
 
-def _train(config, run_dir, mesh, numerics, source) -> None:
+def _train(config, run_dir, mesh, numerics, source, items) -> None:
   checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
   restored = checkpoints.steps[-1] if checkpoints.steps else None
   manifest = _open_manifest(config, run_dir, source, numerics, restored)
@@ -82,7 +85,7 @@ def _train(config, run_dir, mesh, numerics, source) -> None:
                       n_devices=mesh.size)
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
-  watch = Watch(config, source.tokenizer, source.start_id, built, run_dir, kept)
+  watch = Watch(config, items, source.tokenizer, source.start_id, built, run_dir, kept)
   heldout = [built.place_batch(batch) for batch in heldout_batches(
       source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
   train_step, eval_step = built.train_step(), built.eval_step()
