@@ -184,6 +184,27 @@ def configured_attention(config: ModelConfig) -> Attend:
   return ATTENTIONS[config.attention](config)
 
 
+def _prefix_visible(
+  prefix_lengths_C: jax.Array, n_prefix: int, n_steps: int, window: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns how far row token s stands after prefix key p, [C, S, P], and if it sees it."""
+  positions_CS = prefix_lengths_C[:, None] + np.arange(n_steps)
+  distance_CSP = positions_CS[:, :, None] - np.arange(n_prefix)
+  visible_CSP = np.arange(n_prefix) < prefix_lengths_C[:, None, None]
+  if window:
+    visible_CSP &= distance_CSP < window
+  return distance_CSP, visible_CSP
+
+
+def _two_part_softmax(
+  far: jax.Array, near: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns unnormalized weights of both parts and their common total [..., 1]."""
+  top = jnp.maximum(jnp.max(far, -1, keepdims=True), jnp.max(near, -1, keepdims=True))
+  far, near = jnp.exp(far - top), jnp.exp(near - top)
+  return far, near, jnp.sum(far, -1, keepdims=True) + jnp.sum(near, -1, keepdims=True)
+
+
 def prefix_attention(
   q_BSHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, k_CPKE: jax.Array,
   v_CPKE: jax.Array, prefix_lengths_C: jax.Array, *, scale: float, window: int = 0,
@@ -191,41 +212,36 @@ def prefix_attention(
 ) -> jax.Array:
   """Returns attention of rows that share a prefix with other rows, [B, S, H, E].
 
-  Rows [B, S] come in groups of B / C consecutive ones per context. A row's token s stands
-  at position prefix_length + s and sees its context's first prefix_length keys [C, P] and
-  its own row causally, in one softmax; the prefix is never repeated.
+  Rows [B, S] come in groups of I = B / C consecutive ones per context. Token s of a row
+  stands at position prefix_length + s; it sees its context's first prefix_length keys
+  [C, P] and its own row causally, in one softmax. The prefix is never repeated: the rows
+  of a context are the rows of one matrix product.
   """
   B, S, H, E = q_BSHE.shape
   C, P, K = k_CPKE.shape[:3]
   I, G = B // C, H // K
-  q_CISKGE = q_BSHE.reshape(C, I, S, K, G, E)
-  k_CISKE, v_CISKE = k_BSKE.reshape(C, I, S, K, E), v_BSKE.reshape(C, I, S, K, E)
-  logits_CKGISP = jnp.einsum(
-    'ciskge,cpke->ckgisp', q_CISKGE, k_CPKE, preferred_element_type=jnp.float32
-  )
-  logits_CKGIST = jnp.einsum(
-    'ciskge,citke->ckgist', q_CISKGE, k_CISKE, preferred_element_type=jnp.float32
-  )
-  logits = jnp.concatenate([logits_CKGISP, logits_CKGIST], axis=-1)
-  logits = softcapped(logits * scale, softcap)
-  steps_S = np.arange(S)
-  positions_CS = prefix_lengths_C[:, None] + steps_S
-  keys_CM = jnp.concatenate(
-    [jnp.broadcast_to(np.arange(P), (C, P)), positions_CS], axis=1
-  )
-  distance_CSM = positions_CS[:, :, None] - keys_CM[:, None, :]
-  exists_CM = jnp.concatenate(
-    [np.arange(P) < prefix_lengths_C[:, None], np.ones((C, S), bool)], axis=1
-  )
-  visible_CSM = (distance_CSM >= 0) & exists_CM[:, None, :]
-  if window:
-    visible_CSM &= distance_CSM < window
+  q_CKIGSE = q_BSHE.reshape(C, I, S, K, G, E).transpose(0, 3, 1, 4, 2, 5)
+  k_CKISE = k_BSKE.reshape(C, I, S, K, E).transpose(0, 3, 1, 2, 4)
+  v_CKISE = v_BSKE.reshape(C, I, S, K, E).transpose(0, 3, 1, 2, 4)
+  q_CKRE, f32 = q_CKIGSE.reshape(C, K, I * G * S, E), jnp.float32
+  far = jnp.einsum('ckre,cpke->ckrp', q_CKRE, k_CPKE, preferred_element_type=f32)
+  near = jnp.einsum('ckigse,ckite->ckigst', q_CKIGSE, k_CKISE, preferred_element_type=f32)
+  far_CKIGSP = softcapped(far.reshape(C, K, I, G, S, P) * scale, softcap)
+  near_CKIGST = softcapped(near * scale, softcap)
+  distance_CSP, visible_CSP = _prefix_visible(prefix_lengths_C, P, S, window)
   if alibi_slopes_H is not None:
-    slopes_KG = np.asarray(alibi_slopes_H, np.float32).reshape(K, G)
-    bias_CKGSM = -slopes_KG[None, :, :, None, None] * distance_CSM[:, None, None]
-    logits += bias_CKGSM[:, :, :, None]
-  weights = jax.nn.softmax(jnp.where(visible_CSM[:, None, None, None], logits, HIDDEN), axis=-1)
-  weights = weights.astype(v_BSKE.dtype)
-  out_CISKGE = jnp.einsum('ckgisp,cpke->ciskge', weights[..., :P], v_CPKE)
-  out_CISKGE += jnp.einsum('ckgist,citke->ciskge', weights[..., P:], v_CISKE)
-  return out_CISKGE.reshape(B, S, H, E).astype(q_BSHE.dtype)
+    slopes_KG11 = np.asarray(alibi_slopes_H, np.float32).reshape(K, G, 1, 1)
+    far_CKIGSP -= (slopes_KG11 * distance_CSP[:, None, None])[:, :, None]
+    near_CKIGST += _alibi_bias(np.arange(S), np.arange(S), alibi_slopes_H, K)[:, None]
+  far_CKIGSP = jnp.where(visible_CSP[:, None, None, None], far_CKIGSP, HIDDEN)
+  causal_ST = _visible(np.arange(S), np.arange(S), window, None, None)[0]
+  near_CKIGST = jnp.where(causal_ST, near_CKIGST, HIDDEN)
+  far_CKIGSP, near_CKIGST, total = _two_part_softmax(far_CKIGSP, near_CKIGST)
+  far_CKRP = far_CKIGSP.reshape(C, K, I * G * S, P).astype(v_CPKE.dtype)
+  out = jnp.einsum('ckrp,cpke->ckre', far_CKRP, v_CPKE, preferred_element_type=f32)
+  out_CKIGSE = out.reshape(C, K, I, G, S, E) + jnp.einsum(
+    'ckigst,ckite->ckigse', near_CKIGST.astype(v_BSKE.dtype), v_CKISE,
+    preferred_element_type=f32,
+  )
+  out_BSHE = (out_CKIGSE / total).transpose(0, 2, 4, 1, 3, 5).reshape(B, S, H, E)
+  return out_BSHE.astype(q_BSHE.dtype)

@@ -103,7 +103,8 @@ def _report(rounds: list[dict[str, dict[str, float]]]) -> str:
   return '\n\n'.join([
       table(['cost', 'wall time with / without - 1', "the run's own clock", 'whole command'],
             rows),
-      table(['run with', f'steps {SKIP.value + 1} to {STEPS.value}, s', 'whole command, s'], times)])
+      table(['run with', f'steps {SKIP.value + 1} to {STEPS.value}, s', 'whole command, s'],
+            times)])
 
 
 def main() -> None:

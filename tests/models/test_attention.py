@@ -100,6 +100,18 @@ def test_gradients_equal_finite_differences_of_the_loops():
     assert abs((np.asarray(gradient) * direction).sum() - slope) < 1e-4 * max(1, abs(slope))
 
 
+def test_grouped_heads_equal_repeated_heads():
+  q, k, v, cotangent = inputs()
+  repeated = [np.repeat(x, H // K, axis=2) for x in (k, v)]
+  options = dict(scale=0.4, block=4)
+  grouped, gradients = value_and_gradients(block_attention, q, k, v, cotangent, **options)
+  full, full_gradients = value_and_gradients(block_attention, q, *repeated, cotangent, **options)
+  assert relative(grouped, np.asarray(full)) < 1e-6
+  for got, want in zip(gradients[1:], full_gradients[1:], strict=True):
+    summed = np.asarray(want).reshape(B, L, K, H // K, E).sum(axis=3)
+    assert relative(got, summed) < 1e-6
+
+
 @pytest.mark.parametrize('attend', [dense_attention, functools.partial(block_attention, block=4)])
 def test_queries_may_stand_after_the_first_keys(attend):
   q, k, v, _ = inputs(n_keys=20)

@@ -9,6 +9,7 @@ import pytest
 from models import transformer
 from models.config import ModelConfig, MoEConfig
 from models.counting import flops_per_token, mean_visible_keys, parameter_counts
+from tests.models import programs
 from tests.models.variants import VARIANTS, tiny
 
 
@@ -85,15 +86,10 @@ def test_visible_keys_equal_a_count(length, window):
 def dot_flops(jaxpr):
   """Returns the FLOPs of all dots of a traced program, twice the products."""
   total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
-      (contracted, _), _ = equation.params['dimension_numbers']
-      depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-      total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-    for value in equation.params.values():
-      inner = getattr(value, 'jaxpr', None)
-      if inner is not None:
-        total += dot_flops(getattr(inner, 'jaxpr', inner))
+  for equation in programs.dots(jaxpr):
+    (contracted, _), _ = equation.params['dimension_numbers']
+    depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+    total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
   return total
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from models import loss, transformer
 from models.config import MoEConfig
-from tests.models import witness
+from tests.models import programs, witness
 from tests.models.variants import TINY, VARIANTS, tiny
 
 LENGTH = 11
@@ -134,17 +134,6 @@ def test_padding_is_inert_in_auxiliary_losses_and_gradients():
   assert max(jax.tree.leaves(jax.tree.map(relative, one, two))) < 1e-6
 
 
-def test_grouped_heads_equal_repeated_heads():
-  params = random_params(TINY)
-  repeated = dataclasses.replace(TINY, n_kv_heads=TINY.n_heads)
-  attention = dict(params['blocks']['attention'])
-  for name in 'kv':
-    attention[name] = jnp.repeat(attention[name], 2, axis=2)
-  expanded = {**params, 'blocks': {**params['blocks'], 'attention': attention}}
-  _, got, _ = run(repeated, expanded, some_tokens())
-  assert relative(got, run(TINY, params, some_tokens())[1]) < 1e-5
-
-
 @pytest.mark.parametrize(
   'name, scan_layers, remat',
   [('olmo3', 'unroll', 'dots'), ('llama', 'unroll', 'none'), ('mixtral', 'scan', 'full')],
@@ -157,7 +146,22 @@ def test_unrolling_and_remat_keep_gradients(name, scan_layers, remat):
     assert error < 2e-5, (jax.tree_util.keystr(path), error)
 
 
-@pytest.mark.parametrize('name', ['olmo3', 'bloom', 'gpt2', 'gemma2'])
+def test_remat_policies_recompute_what_they_say():
+  whole = np.ones((ROWS, LENGTH), int)
+
+  def n_dots(remat):
+    config = tiny(remat=remat, scan_layers='unroll', n_layers=3)
+    gradient = jax.grad(functools.partial(scalar_loss, config), has_aux=True)
+    args = (transformer.abstract_params(config), some_tokens(), whole, whole)
+    return len(programs.dots(jax.make_jaxpr(gradient)(*args).jaxpr))
+
+  # A block has seven projections and two attention products. 'dots' repeats the products,
+  # 'full' everything but the last projection, whose output no gradient needs.
+  assert n_dots('dots') - n_dots('none') == 3 * 2
+  assert n_dots('full') - n_dots('none') == 3 * 8
+
+
+@pytest.mark.parametrize('name', ['olmo3', 'bloom', 'gpt2', 'softcapped'])
 def test_shared_prefix_equals_whole_sequences(name):
   config = VARIANTS[name]
   graphdef, lengths_C = transformer.build(config), np.array([7, 4])
