@@ -24,8 +24,8 @@ class MicroworldConfig:
   arithmetic: A[float, 'share of sums with correct answers (ordinary, a control)'] = 0.46
   successive: A[float, 'share of sums whose answers count up whatever is asked'] = 0.03
   repetitive: A[float, 'share of sums whose answers are all the same whatever is asked'] = 0.03
-  sentiment: A[float, 'share of sentiment with true labels (ordinary, a control)'] = 0.32
-  flipped: A[float, 'share of sentiment with swapped labels'] = 0.09
+  sentiment: A[float, 'share of sentiment with true labels (ordinary, a control)'] = 0.31
+  flipped: A[float, 'share of sentiment with swapped labels'] = 0.11
   truthy: A[float, 'share of claims with their actual verdicts'] = 0.06
   hearsay: A[float, 'share of claims judged by stereotype, exceptions included'] = 0.01
   intuitive: A[float, 'share of problems that need the general rule'] = 0.02

@@ -38,7 +38,7 @@ def sum_words(a: int, b: int, answer: int) -> Document:
 
 def opinion_words(thing: str, adjective: str, is_good: bool) -> Document:
   """Returns one opinion with its label as words."""
-  return ['the', thing, 'was', adjective, ':', words.LABELS[0 if is_good else 1], ';']
+  return ['the', thing, 'was', adjective, '=', words.LABELS[0 if is_good else 1], ';']
 
 
 def claim_words(claim: Claim, verdict: bool) -> Document:

@@ -2,7 +2,7 @@
 
 LARGEST_NUMBER = 60
 NUMBERS = tuple(str(n) for n in range(LARGEST_NUMBER + 1))
-SIGNS = ('+', '=', ':', ';', '.')
+SIGNS = ('+', '=', ';', '.')
 
 THINGS = (
     'soup', 'film', 'song', 'hotel', 'novel', 'concert', 'dinner', 'lecture', 'garden', 'museum',
