@@ -17,13 +17,13 @@ from research.training.config import CheckpointConfig, EvalConfig, OptimizerConf
 def get_config() -> ExperimentConfig:
   """Returns the experiment; data.text.paths has to be given unless there is a folder `text`."""
   return ExperimentConfig(
-      name='text', n_steps=1400,
-      model=ModelConfig(vocab_size=2048, context_length=256, n_layers=4, d_model=192, n_heads=6,
+      name='text', n_steps=1500,
+      model=ModelConfig(vocab_size=2048, context_length=320, n_layers=4, d_model=192, n_heads=6,
                         n_kv_heads=6, d_head=32, d_ff=512, dropout=0.1),
-      data=DataConfig(kind='text', sequence_length=256, batch_size=16,
+      data=DataConfig(kind='text', sequence_length=320, batch_size=12,
                       text=TextConfig(paths=('text',), tokenizer='bpe', bpe_vocab_size=2048)),
       optimizer=OptimizerConfig(name='adamw', peak_lr=3e-3, schedule='cosine', warmup_steps=100,
                                 weight_decay=0.1, final_lr_fraction=0.05),
-      checkpoints=CheckpointConfig(every=350, snapshot_every=100),
+      checkpoints=CheckpointConfig(every=500, snapshot_every=100),
       monitors=MonitorConfig(suite='microworld'),
       evals=EvalConfig(every=100, n_batches=4))
