@@ -16,6 +16,7 @@ import jax
 
 from launchers import flags as shared
 from parallelism import distributed
+from research.errors import UserError
 from research.run_dir import RunDir
 from research.training.loop import train
 
@@ -29,7 +30,10 @@ PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'rank of this process, with h
 
 def main() -> None:
   config = shared.config_from_flags(EXPERIMENT.value)
-  distributed.start(COORDINATOR.value, N_PROCESSES.value, PROCESS_ID.value)
+  try:
+    distributed.start(COORDINATOR.value, N_PROCESSES.value, PROCESS_ID.value)
+  except ValueError as error:
+    raise UserError(str(error)) from error
   path = RUN_DIR.value or pathlib.Path('runs') / EXPERIMENT.value
   train(config, RunDir(path, jax.process_index()))
 

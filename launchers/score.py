@@ -28,9 +28,13 @@ def main() -> None:
     raise UserError(f'--run_dir={RUN_DIR.value!r} is not the directory of a monitored run')
   config = config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8'))
   manifest = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))
-  built = build_lib.build(config, make_mesh(config.mesh), manifest['numerics'])
+  try:
+    built = build_lib.build(config, make_mesh(config.mesh), manifest['numerics'])
+    steps = [int(step) for step in STEPS.value]
+  except ValueError as error:
+    raise UserError(str(error)) from error
   stored = SnapshotReader(run_dir.snapshots).steps
-  steps = [int(step) for step in STEPS.value] or stored
+  steps = steps or stored
   if missing := sorted(set(steps) - set(stored)):
     raise UserError(f'--steps={missing[0]}: no such snapshot in {run_dir.snapshots}; it has {stored}')
   tokenizer = tokenizers.load(run_dir.tokenizer_json)

@@ -50,7 +50,7 @@ def run_all(members: dict[str, RunDir]) -> list[str]:
   with concurrent.futures.ThreadPoolExecutor(
       JOBS.value, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
     futures = {pool.submit(run, name): name for name in members}
-    for future in concurrent.futures.as_completed(futures):
+    for future in _finished(pool, futures):
       n_done += 1
       left = (time.monotonic() - began) / n_done * (len(members) - n_done)
       name = futures[future]
@@ -58,6 +58,15 @@ def run_all(members: dict[str, RunDir]) -> list[str]:
       print(f'[{n_done}/{len(members)}] {name} {"FAILED" if future.result() else "done"}; '
             f'ETA of the sweep {duration(left)}', flush=True)
   return failed
+
+
+def _finished(pool, futures):
+  """Yields futures as they end; an interrupt also takes back those that have not begun."""
+  try:
+    yield from concurrent.futures.as_completed(futures)
+  except KeyboardInterrupt:
+    pool.shutdown(wait=False, cancel_futures=True)
+    raise
 
 
 def main() -> None:

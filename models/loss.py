@@ -137,9 +137,19 @@ def cross_entropy(
 
 def token_log_probs(
   hidden_TD: jax.Array, unembedding_VD: jax.Array, targets_T: jax.Array, *,
-  softcap: float = 0.0,
+  softcap: float = 0.0, chunk: int = 1024,
 ) -> jax.Array:
-  """Returns the log-probability of each target in nats, float32 [T]."""
-  logits_TV = _chunk_logits(hidden_TD, unembedding_VD, softcap)
-  target_logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-  return target_logit_T - jax.nn.logsumexp(logits_TV, axis=-1)
+  """Returns the log-probability of each target in nats, float32 [T].
+
+  The logits of at most `chunk` tokens exist at one time.
+  """
+
+  def chunk_log_probs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    logits_TV = _chunk_logits(inputs[0], unembedding_VD, softcap)
+    target_logit_T = jnp.take_along_axis(logits_TV, inputs[1][:, None], axis=-1)[:, 0]
+    return target_logit_T - jax.nn.logsumexp(logits_TV, axis=-1)
+
+  if hidden_TD.shape[0] <= chunk:
+    return chunk_log_probs((hidden_TD, targets_T))
+  chunks = jax.lax.map(chunk_log_probs, (_chunked(hidden_TD, chunk), _chunked(targets_T, chunk)))
+  return _unchunked(chunks, hidden_TD.shape[0])

@@ -35,7 +35,7 @@ class ExperimentConfig:
 
   KIND: ClassVar[str] = 'identity'
 
-  name: A[str, 'name of the experiment; the run directory is runs/<name>', 'placement'] = 'unnamed'
+  name: A[str, 'name of the experiment, for people', 'placement'] = 'unnamed'
   seed: A[int, 'seed of initialization and dropout; data has its own'] = 0
   n_steps: A[int, 'optimizer steps of the whole run'] = 1000
   model: ModelConfig = ModelConfig()

@@ -38,7 +38,7 @@ class RunDir:
     self.monitor_scores = self.monitors / 'scores'
     self.report_html = self.path / 'report.html'
     self.figures = self.path / 'figures'
-    self.done = self.path / 'DONE'
+    self.done = self.whole / 'DONE'
     self._lock_path = self.path / '.lock'
     self._lock = None
 
@@ -48,7 +48,11 @@ class RunDir:
     Raises:
       UserError: another process holds it.
     """
-    self.path.mkdir(parents=True, exist_ok=True)
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+      raise UserError(f'--run_dir={self.path} cannot be a directory to write to: '
+                      f'{error.strerror}') from error
     lock = open(self._lock_path, 'a+', encoding='utf-8')
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,6 +66,11 @@ class RunDir:
     lock.write(str(os.getpid()))
     lock.flush()
     self._lock = lock
+
+  @property
+  def locked(self) -> bool:
+    """Whether this process holds the directory."""
+    return self._lock is not None
 
   def unlock(self) -> None:
     """Gives the directory back."""

@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, and where optional real data lies."""
 
+import fnmatch
 import os
 import pathlib
 
@@ -19,3 +20,28 @@ def shared_data() -> pathlib.Path:
   if not SHARED_DATA.exists():
     pytest.skip('real data is not beside the checkout (../shared/data)')
   return SHARED_DATA
+
+
+_skipped: list[str] = []
+
+
+def _allowed_skips() -> list[str]:
+  lines = (pathlib.Path(__file__).parent / 'allowed_skips.txt').read_text(encoding='utf-8')
+  return [line.partition(' #')[0].strip() for line in lines.splitlines()
+          if line.strip() and not line.startswith('#')]
+
+
+def pytest_runtest_logreport(report):
+  """Remembers skipped tests."""
+  if report.skipped and not hasattr(report, 'wasxfail'):
+    _skipped.append(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+  """Fails the suite in CI when a test was skipped that is not on the list."""
+  allowed = _allowed_skips()
+  unexpected = [test for test in _skipped
+                if not any(fnmatch.fnmatch(test, pattern) for pattern in allowed)]
+  if os.environ.get('CI') and unexpected:
+    print('\nskipped but not in tests/allowed_skips.txt: ' + ', '.join(unexpected))
+    session.exitstatus = 1

@@ -56,29 +56,35 @@ class Watch:
 
   def __init__(self, config: ExperimentConfig, items: list[MonitorItem], tokenizer: Tokenizer,
                start_id: int | None, built: Build, run_dir: RunDir, kept: int):
-    """Loads what was scored up to step `kept` and removes what was scored after it."""
+    """Loads what was scored up to step `kept` and removes what was scored after it.
+
+    Where the items are not those of the scores on disk, the old monitors are moved aside and the
+    stored snapshots are scored again with the new items.
+    """
     self.items = items
     self._built, self._folder = built, run_dir.monitor_scores
-    self._scorer = None
-    if self.items:
-      self._scorer = make_scorer(config, tokenizer, start_id, built, self.items)
+    self.n_swings = 0
     self._steps: list[int] = []
     self._accuracy: dict[str, list[float]] = collections.defaultdict(list)
     for step in table.score_steps(self._folder):
-      path = self._folder / table.scores_name(step)
-      if step > kept or not self.items:
-        path.unlink()
+      if step > kept:
+        scored_path(run_dir, step).unlink()
+    self._scorer = None
+    if not items:
+      return
+    self._scorer = make_scorer(config, tokenizer, start_id, built, items)
+    if run_dir.monitor_items.exists() and table.read_item_table(run_dir.monitor_items) != items:
+      aside = run_dir.monitors.with_name(f'monitors-until-{max(kept, 0):08d}')
+      print(f'the monitor items have changed: earlier scores are kept in {aside}', flush=True)
+      run_dir.monitors.rename(aside)
+    table.write_item_table(run_dir.monitor_items, items, self._scorer.encoded)
+    scored = set(table.score_steps(self._folder))
+    reader = SnapshotReader(run_dir.snapshots)
+    for step in sorted(scored | set(reader.steps)):
+      if step in scored:
+        self._remember(step, table.read_scores(scored_path(run_dir, step))[1])
       else:
-        self._remember(step, table.read_scores(path)[1])
-    if self._scorer:
-      table.write_item_table(run_dir.monitor_items, self.items, self._scorer.encoded)
-
-  @property
-  def n_swings(self) -> int:
-    """Swings so far after each family's first rise, over all families but the controls."""
-    return sum(
-        len(after_first_rise(find_swings(np.array(self._steps), np.array(accuracy))))
-        for accuracy in self._accuracy.values() if len(accuracy) > 2)
+        self.score(step, built.place_params(reader.params(step, built.params)))
 
   def score(self, step: int, stored: Any) -> dict[str, float]:
     """Writes the scores of a snapshot; returns the accuracy of every dataset."""
@@ -89,6 +95,7 @@ class Watch:
     return table.dataset_accuracy(self._remember(step, scores))
 
   def _remember(self, step: int, scores: Scores) -> list[table.ContextSummary]:
+    """Adds a snapshot to the curves and counts their swings after each family's first rise."""
     rows = table.summary(self.items, step, scores)
     right, total = collections.Counter(), collections.Counter()
     for row in rows:
@@ -98,6 +105,9 @@ class Watch:
     self._steps.append(step)
     for family, n_items in total.items():
       self._accuracy[family].append(right[family] / n_items)
+    self.n_swings = sum(
+        len(after_first_rise(find_swings(np.array(self._steps), np.array(accuracy))))
+        for accuracy in self._accuracy.values() if len(self._steps) > 2)
     return rows
 
 

@@ -133,7 +133,7 @@ def _machine(manifest, machine):
 
 
 def _origin(manifest, start):
-  hashes, parent = manifest.get('hashes', {}), manifest.get('parent', {})
+  hashes, parent = manifest.get('hashes', {}), manifest.get('parent') or {}
   return _rows((
       ('Commit', (start.get('commit') or '')[:12]),
       ('Uncommitted changes', bool(start['diff']) if 'diff' in start else None),

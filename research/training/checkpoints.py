@@ -58,6 +58,10 @@ class Checkpoints:
     """Returns only the parameters of `step`, laid out like `abstract`."""
     return self._checkpointer.load_checkpointables(step, {'params': abstract})['params']
 
+  def restore_optimizer(self, step: int, abstract: Any) -> Any:
+    """Returns only the optimizer state of `step`, laid out like `abstract`."""
+    return self._checkpointer.load_checkpointables(step, {'optimizer': abstract})['optimizer']
+
   def close(self) -> None:
     """Waits and releases Orbax's threads."""
     self.wait()

@@ -1,6 +1,7 @@
 """Settings of the optimizer, the compiled step, checkpoints, evaluation and logging."""
 
 import dataclasses
+import math
 from typing import Annotated as A
 from typing import ClassVar
 
@@ -39,10 +40,15 @@ class OptimizerConfig:
     _one_of('optimizer.name', self.name, OPTIMIZERS)
     _one_of('optimizer.schedule', self.schedule, SCHEDULES)
     _one_of('optimizer.moment_dtype', self.moment_dtype, ('float32', 'bfloat16'))
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'optimizer.{field.name}={value} must be a finite number')
     for field in ('b1', 'b2', 'ema_decay'):
       if not 0 <= getattr(self, field) < 1:
         raise ValueError(f'optimizer.{field}={getattr(self, field)} must lie in [0, 1)')
-    for field in ('peak_lr', 'warmup_steps', 'weight_decay', 'clip_norm', 'z_weight'):
+    for field in ('peak_lr', 'warmup_steps', 'weight_decay', 'clip_norm', 'z_weight', 'eps',
+                  'final_lr_fraction'):
       if getattr(self, field) < 0:
         raise ValueError(f'optimizer.{field}={getattr(self, field)} must not be negative')
     if not 0 < self.decay_fraction <= 1:
@@ -76,7 +82,7 @@ class CheckpointConfig:
   keep: A[int, 'latest full checkpoints that stay on disk; 0 keeps all'] = 2
   snapshot_every: A[int, 'steps between parameter snapshots, each of them monitored; 0: none'] = 20
   snapshot_dtype: A[str, 'dtype in which snapshots are stored and scored: float32 or '
-                    'bfloat16'] = 'float32'
+                    'bfloat16', 'identity'] = 'float32'
 
   def __post_init__(self):
     if self.every < 1:

@@ -1,6 +1,7 @@
 """What a run says: rows in JSON-lines files, TensorBoard events, the progress line."""
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -45,6 +46,10 @@ class JsonLines:
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
 
+  def sync(self) -> None:
+    """Brings all rows to the disk."""
+    os.fsync(self._file.fileno())
+
   def close(self) -> None:
     """Closes the file."""
     self._file.close()
@@ -61,6 +66,10 @@ class TensorBoard:
     for name, value in row.items():
       if name != 'step' and isinstance(value, (int, float)):
         self._writer.add_scalar(f'{group}/{name}', value, row['step'])
+
+  def flush(self) -> None:
+    """Writes all events through to the operating system."""
+    self._writer.flush()
 
   def close(self) -> None:
     """Flushes and closes."""

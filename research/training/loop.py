@@ -3,9 +3,10 @@
 import errno
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from models.counting import flops_per_token, parameter_counts
@@ -14,11 +15,12 @@ from parallelism.sharding import path_name
 from research import build as build_lib
 from research import config as config_lib
 from research.config import ExperimentConfig
-from research.data.batches import batches, heldout_batches, make_source
+from research.data.batches import Source, batches, heldout_batches, make_source
 from research.errors import UserError
 from research.evals.compression import COMPRESSORS
 from research.evals.heldout_text import score_heldout_text
 from research.monitors.encoding import encode_items
+from research.monitors.items import MonitorItem
 from research.monitors.watch import Watch, suite_items
 from research.reports.report import build_report
 from research.run_dir import CACHE, RunDir, write_whole
@@ -28,6 +30,31 @@ from research.training.checkpoints import Checkpoints
 from research.training.logs import duration
 from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotWriter
+from research.training.start import find_parent, first_state
+
+
+class _Inputs(NamedTuple):
+  """What a run needs and what may be wrong with it, all found out before anything is written."""
+
+  source: Source
+  items: list[MonitorItem]
+  numerics: dict[str, Any]
+  parent: dict[str, Any] | None
+
+
+def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh) -> _Inputs:
+  """Returns the checked inputs of a run; raises ValueError (or UserError) for what cannot work."""
+  numerics = build_lib.resolve_numerics(config, mesh)
+  build_lib.build(config, mesh, numerics)
+  source = make_source(config.data, config.n_steps, CACHE)
+  _check_vocabulary(config, source.tokenizer)
+  if _has_heldout_text(config):
+    source.heldout_documents()
+  items = suite_items(config)
+  encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
+  # A run that exists already knows its parent, which may be gone by now.
+  begun = run_dir.manifest_json.exists()
+  return _Inputs(source, items, numerics, None if begun else find_parent(config, source.tokenizer))
 
 
 def train(config: ExperimentConfig, run_dir: RunDir) -> None:
@@ -42,38 +69,37 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
   """
   try:
     mesh = make_mesh(config.mesh)
-    numerics = build_lib.resolve_numerics(config, mesh)
-    build_lib.build(config, mesh, numerics)  # Refuses what does not fit before anything is written.
-  except ValueError as error:
-    raise UserError(str(error)) from error
-  source = make_source(config.data, config.n_steps, CACHE)
-  _check_vocabulary(config, source.tokenizer)
-  items = suite_items(config)
-  encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
-  run_dir.lock()
-  try:
+    inputs = _check_inputs(config, run_dir, mesh)
+    run_dir.lock()
     if run_dir.done.exists():
-      manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash)
+      hashes = inputs.source.hash, inputs.source.tokenizer.hash
+      manifest_lib.check_resumable(run_dir, config, *hashes)
       print(f'finished already: {run_dir.report_html.resolve()}')
-      return
-    _train(config, run_dir, mesh, numerics, source, items)
+    else:
+      _train(config, run_dir, mesh, inputs)
+  except UserError:
+    raise
   except Exception as error:
     if _disk_full(error):
       raise UserError(
           f'no space left on the disk of {run_dir.path}; everything up to its last whole checkpoint '
           'is safe: free some space and repeat the command') from error
+    if isinstance(error, ValueError) and not run_dir.locked:
+      raise UserError(str(error)) from error
     raise
   finally:
     run_dir.unlock()
 
 
-def _train(config, run_dir, mesh, numerics, source, items) -> None:
+def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
+           inputs: _Inputs) -> None:
+  source = inputs.source
   checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
   restored = checkpoints.steps[-1] if checkpoints.steps else None
-  manifest = _open_manifest(config, run_dir, source, numerics, restored)
+  manifest = _open_manifest(config, run_dir, inputs, mesh, restored)
   built = build_lib.build(config, mesh, manifest['numerics'])
   if restored is None:
-    state, position = _start(built, config), {'step': 0, 'tokens': 0}
+    state, position = first_state(built, config, manifest['parent']), {'step': 0, 'tokens': 0}
   else:
     state, position = checkpoints.restore(restored, built.abstract_state)
     print(f'resuming {run_dir.path} at step {restored} of {config.n_steps}', flush=True)
@@ -85,7 +111,7 @@ def _train(config, run_dir, mesh, numerics, source, items) -> None:
                       n_devices=mesh.size)
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
-  watch = Watch(config, items, source.tokenizer, source.start_id, built, run_dir, kept)
+  watch = Watch(config, inputs.items, source.tokenizer, source.start_id, built, run_dir, kept)
   heldout = [built.place_batch(batch) for batch in heldout_batches(
       source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
   train_step, eval_step = built.train_step(), built.eval_step()
@@ -104,6 +130,7 @@ def _train(config, run_dir, mesh, numerics, source, items) -> None:
     if step and _due(step, config.checkpoints.every, config):
       with recorder.phase('save'):
         snapshots.wait()
+        recorder.sync()
         checkpoints.save(step, state, {'step': step, 'tokens': recorder.tokens},
                          manifest['hashes'])
 
@@ -126,9 +153,13 @@ def _train(config, run_dir, mesh, numerics, source, items) -> None:
   snapshots.close()
   checkpoints.close()
   recorder.close()
-  if config.data.kind == 'text' and config.data.text.heldout_fraction:
+  if _has_heldout_text(config):
     _score_heldout_text(config, run_dir, source, built, eval_step, state.params)
   _finish(run_dir, config, manifest, time.perf_counter() - recorder.began)
+
+
+def _has_heldout_text(config: ExperimentConfig) -> bool:
+  return config.data.kind == 'text' and config.data.text.heldout_fraction > 0
 
 
 def _cadences(config: ExperimentConfig) -> tuple[int, ...]:
@@ -146,42 +177,36 @@ def _check_vocabulary(config: ExperimentConfig, tokenizer) -> None:
                     f'{tokenizer.vocab_size}; set --config.model.vocab_size={tokenizer.vocab_size}')
 
 
-def _start(built: build_lib.Build, config: ExperimentConfig):
-  """Returns the state at step 0, with parameters of another run where the config says so."""
-  state = built.init_state()
-  if not config.start.run_dir:
-    return state
-  parent = Checkpoints(RunDir(config.start.run_dir).checkpoints)
-  step = parent.steps[-1] if config.start.step < 0 and parent.steps else config.start.step
-  if step not in parent.steps:
-    raise UserError(f'start.run_dir={config.start.run_dir} has no checkpoint of step '
-                    f'{config.start.step}; it has {parent.steps}')
-  saved, _ = parent.restore(step, built.abstract_state)
-  parent.close()
-  optimizer = saved.optimizer if config.start.optimizer else state.optimizer
-  ema = jax.tree.map(jax.numpy.copy, saved.params) if state.ema else {}
-  return state._replace(params=saved.params, optimizer=optimizer, ema=ema)
+def _open_manifest(config, run_dir, inputs, mesh, restored) -> dict[str, Any]:
+  """Returns the manifest with this start recorded; refuses a changed identity.
 
-
-def _open_manifest(config, run_dir, source, numerics, restored) -> dict[str, Any]:
-  """Returns the manifest with this start recorded; refuses a changed identity."""
+  Numerics are those of the first start for as long as the mesh, the model's way of computing and
+  compute.* stay as they are.
+  """
   manifest, changes = manifest_lib.read(run_dir), {}
+  source, shape = inputs.source, dict(mesh.shape)
   if manifest is None:
-    manifest = {'experiment': config.name, 'numerics': numerics, 'starts': [],
+    if restored is not None:
+      raise UserError(f'{run_dir.path} holds checkpoints but no manifest.json, so what made them is '
+                      'unknown; put it back or choose another --run_dir')
+    manifest = {'experiment': config.name, 'numerics': inputs.numerics, 'mesh': shape, 'starts': [],
                 'hashes': {'data': source.hash, 'tokenizer': source.tokenizer.hash},
-                'parent': {'run_dir': config.start.run_dir, 'step': config.start.step},
-                'start_id': source.start_id, 'data': source.facts()}
+                'parent': inputs.parent, 'start_id': source.start_id, 'data': source.facts()}
   else:
     changes = manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash)
     for change in manifest_lib.machine_changes(manifest):
       print(f'note: bits may differ from an uninterrupted run, {change}', flush=True)
+    if manifest['mesh'] != shape:
+      changes['mesh'] = [manifest['mesh'], shape]
+      manifest['mesh'] = shape
     if any(path.split('.')[0] in ('mesh', 'compute', 'model') for path in changes):
-      manifest['numerics'] = numerics
+      manifest['numerics'] = inputs.numerics
   manifest['starts'].append(manifest_lib.start_facts(restored or 0, changes))
+  # The manifest goes first: a change that only config.json knew would never be recorded.
+  manifest_lib.write(run_dir, manifest)
   write_whole(run_dir.config_json, config_lib.as_json(config))
   write_whole(run_dir.config_txt, config_lib.as_text(config))
   source.tokenizer.save(run_dir.tokenizer_json)
-  manifest_lib.write(run_dir, manifest)
   return manifest
 
 
@@ -191,7 +216,6 @@ def _describe(run_dir, config, built, manifest) -> None:
   lines = [f'{path_name(path)}  {leaf.shape}  {leaf.dtype}  {leaf.sharding.spec}\n'
            for path, leaf in jax.tree.leaves_with_path(built.params)]
   write_whole(run_dir.params_txt, ''.join(lines))
-  manifest['mesh'] = dict(built.mesh.shape)
   manifest['model'] = {
       'parameters': counts.total, 'active_parameters': counts.active,
       'flops_per_token': flops_per_token(config.model, config.data.sequence_length)}
@@ -222,7 +246,10 @@ def _finish(run_dir, config, manifest, seconds) -> None:
   manifest['seconds_last_start'] = seconds
   manifest_lib.write(run_dir, manifest)
   report = build_report(run_dir)
-  write_whole(run_dir.done, json.dumps({'step': config.n_steps}) + '\n')
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('run finished')
+  if jax.process_index() == 0:  # One file for all processes: the run is done, or it is not.
+    write_whole(run_dir.done, json.dumps({'step': config.n_steps}) + '\n')
   print(f'{config.name}: done in {duration(seconds)}')
   print(f'report: {report.resolve()}', flush=True)
 

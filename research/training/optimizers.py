@@ -89,11 +89,11 @@ def _adamw(config, mask, unused_axes):
 
 def _muon(config, mask, logical_axes):
   dimensions = _muon_dimensions(logical_axes, decay_mask(logical_axes, decay_embeddings=False))
-  return optax.contrib.muon(
-      1.0, beta=config.b1, weight_decay=config.weight_decay, weight_decay_mask=mask,
-      mu_dtype=config.moment_dtype, adam_b1=config.b1, adam_b2=config.b2,
-      adam_weight_decay=config.weight_decay, consistent_rms=0.2,
-      muon_weight_dimension_numbers=dimensions)
+  muon = optax.contrib.muon(
+      1.0, beta=config.b1, eps=config.eps, mu_dtype=config.moment_dtype, adam_b1=config.b1,
+      adam_b2=config.b2, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
+  # Decay comes after, for Optax gives no mask to the part that Adam updates; updates are negated.
+  return optax.chain(muon, optax.add_decayed_weights(-config.weight_decay, mask))
 
 
 def _adafactor(config, mask, unused_axes):

@@ -10,8 +10,9 @@ import jax
 from models.counting import flops_per_token
 from parallelism import hardware
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.run_dir import RunDir
-from research.training.logs import JsonLines, Progress, TensorBoard
+from research.training.logs import JsonLines, Progress, TensorBoard, read_rows
 
 
 class Recorder:
@@ -39,6 +40,10 @@ class Recorder:
     peak, _ = hardware.peak_flops(n_devices)
     self._flops_share = flops_per_token(config.model, config.data.sequence_length) / peak
     self._metrics = JsonLines(run_dir.metrics_jsonl, kept)
+    steps = [row['step'] for row in read_rows(run_dir.metrics_jsonl)]
+    if steps != list(range(1, first + 1)):
+      raise UserError(f'{run_dir.metrics_jsonl} must hold one row for each of the steps 1 to {first} '
+                      f'that the run resumes from; it holds {len(steps)} rows')
     self._evals = JsonLines(run_dir.evals_jsonl, kept)
     self._timings = JsonLines(run_dir.timings_jsonl, kept)
     self._board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
@@ -48,7 +53,10 @@ class Recorder:
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Adds the time spent inside to `<name>_seconds` of the current step."""
+    """Adds the time spent inside to `<name>_seconds` of the next row.
+
+    What is done after a step thus stands in the row of the step that follows it.
+    """
     start = time.perf_counter()
     yield
     key = f'{name}_seconds'
@@ -77,6 +85,13 @@ class Recorder:
   def monitors(self, step: int, accuracies: dict[str, float]) -> None:
     """Shows the accuracy of every dataset of a snapshot in TensorBoard."""
     self._to_board('monitors', {'step': step, **accuracies})
+
+  def sync(self) -> None:
+    """Brings all rows to the disk, so that none is missing before a checkpoint that follows."""
+    for log in (self._metrics, self._evals, self._timings):
+      log.sync()
+    if self._board:
+      self._board.flush()
 
   def close(self) -> None:
     """Flushes and closes all logs."""

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from parallelism.sharding import path_name
 from research.training.logs import JsonLines, read_rows
 
-_FIRST_ROWS = 64
+_FIRST_ROWS = 8  # Arrays grow by doubling.
 
 
 def leaf_names(params: Any) -> list[str]:
@@ -72,25 +72,25 @@ class SnapshotWriter:
       dtype: stored dtype, float32 or bfloat16.
       last_step: the step that the run resumes from.
     """
-    path.mkdir(parents=True, exist_ok=True)
     self._names = leaf_names(abstract)
-    self._commits = JsonLines(path / 'commits.jsonl', last_step)
-    self._next_row = len(read_rows(path / 'commits.jsonl'))
     self._dtype = dtype
-    shapes = [leaf.shape for leaf in jax.tree.leaves(abstract)]
-    if jax.process_index() == 0:
-      self._arrays = self._open(path, shapes)
+    self._commits = None
+    if jax.process_index() == 0:  # The files are shared; one process makes them.
+      path.mkdir(parents=True, exist_ok=True)
+      self._commits = JsonLines(path / 'commits.jsonl', last_step)
+      self._create_missing(path, [leaf.shape for leaf in jax.tree.leaves(abstract)])
     self._barrier('created')
-    if jax.process_index() > 0:
-      self._arrays = self._open(path, shapes)
+    self._next_row = len(read_rows(path / 'commits.jsonl'))
+    opening = [ts.open(_spec(path, name), open=True) for name in self._names]
+    self._arrays = [future.result() for future in opening]
     self._pending: tuple[int, list] | None = None
 
-  def _open(self, path, shapes):
-    opening = [ts.open(_spec(path, name), create=True, open=True, dtype=jnp.dtype(self._dtype).name,
-                       shape=(_FIRST_ROWS, *shape), chunk_layout=ts.ChunkLayout(
-                           chunk_shape=(1, *(max(1, size) for size in shape))))
-               for name, shape in zip(self._names, shapes, strict=True)]
-    return [future.result() for future in opening]
+  def _create_missing(self, path: pathlib.Path, shapes: list[tuple[int, ...]]) -> None:
+    for name, shape in zip(self._names, shapes, strict=True):
+      if not (path / name / 'zarr.json').exists():
+        ts.open(_spec(path, name), create=True, dtype=jnp.dtype(self._dtype).name,
+                shape=(_FIRST_ROWS, *shape), chunk_layout=ts.ChunkLayout(
+                    chunk_shape=(1, *(max(1, size) for size in shape)))).result()
 
   def _barrier(self, what: str) -> None:
     if jax.process_count() > 1:
@@ -100,9 +100,9 @@ class SnapshotWriter:
     """Starts writing the tree of arrays `stored` (already cast) as the snapshot of `step`."""
     self.wait()
     row = self._next_row
-    if row >= self._arrays[0].shape[0]:
-      grown = [array.resize(exclusive_max=(2 * row, *array.shape[1:])) for array in self._arrays]
-      self._arrays = [future.result() for future in grown]
+    self._arrays = [
+        array if row < array.shape[0] else
+        array.resize(exclusive_max=(2 * row, *array.shape[1:])).result() for array in self._arrays]
     writes = []
     for array, leaf in zip(self._arrays, jax.tree.leaves(stored), strict=True):
       for shard in leaf.addressable_shards:
@@ -120,11 +120,12 @@ class SnapshotWriter:
     for write in writes:
       write.result()
     self._barrier('written')
-    if jax.process_index() == 0:
+    if self._commits:
       self._commits.append({'step': step, 'row': self._next_row, 'dtype': self._dtype})
     self._next_row += 1
 
   def close(self) -> None:
     """Commits what is under way and closes."""
     self.wait()
-    self._commits.close()
+    if self._commits:
+      self._commits.close()

@@ -91,8 +91,8 @@ def make_train_step(config, graphdef, optimizer: optax.GradientTransformation,
     n_tokens = jnp.maximum(batch['loss_mask'].sum(), 1.0)
     loss, sums, grads = accumulated(state.params, batch, jax.random.split(key, n_micro), n_tokens)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     lr = learning_rate(state.step)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(lr)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + lr * u.astype(p.dtype), state.params, updates)
     ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema,
@@ -118,7 +118,8 @@ def make_eval_step(config, graphdef) -> Callable:
     hidden_BLD, _ = model(batch['tokens'], batch['segment_ids'], batch['positions'])
     log_probs_T = token_log_probs(
         hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), model.unembedding_VD(),
-        batch['targets'].reshape(-1), softcap=config.model.final_softcap)
+        batch['targets'].reshape(-1), softcap=config.model.final_softcap,
+        chunk=config.compute.loss_chunk)
     mask_BL = batch['loss_mask']
     return jnp.where(mask_BL > 0, -log_probs_T.reshape(mask_BL.shape) * mask_BL, 0.0)
   return eval_step

@@ -10,6 +10,7 @@ import pytest
 
 from research.run_dir import RunDir
 from research.training import logs
+from research.training.snapshots import SnapshotReader
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETTINGS = ['--config.n_steps=12', '--config.checkpoints.every=6', '--config.evals.every=6',
@@ -49,4 +50,5 @@ def test_two_processes_equal_one(tmp_path):
     assert abs(row['loss'] - other['loss']) <= 1e-5 * max(1, row['loss'])
   # The second process keeps a record of its own, which agrees.
   assert logs.read_rows(RunDir(tmp_path / 'two', process=1).metrics_jsonl) == others
+  assert SnapshotReader(RunDir(tmp_path / 'two').snapshots).steps == [0, 6, 12]
   assert sorted(path.name for path in (tmp_path / 'two' / 'checkpoints').iterdir()) == ['12', '6']

@@ -69,7 +69,7 @@ def test_text_run_then_a_run_that_starts_from_it(tmp_path):
            **{'data.text.paths': paths, 'start.run_dir': first.path, 'start.step': 4,
               'optimizer.peak_lr': 0.0})
   manifest = json.loads(second.manifest_json.read_text())
-  assert manifest['parent'] == {'run_dir': str(first.path), 'step': 4}
+  assert manifest['parent'] == {'run_dir': str(first.path.resolve()), 'step': 4}
   # At learning rate zero the second run's parameters are those it started from.
   for old, new in zip(jax.tree.leaves(params_of(first, 4)), jax.tree.leaves(params_of(second, 2)),
                       strict=True):

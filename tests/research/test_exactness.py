@@ -146,7 +146,8 @@ def test_scores_computed_again_from_snapshots_are_the_same_bits(pair):
 @pytest.mark.slow
 def test_manifest_and_finished_run(pair, environment):
   manifest = json.loads(pair[1].manifest_json.read_text())
-  assert len(manifest['starts']) == 3 and manifest['starts'][1]['from_step'] == 10
+  # A kill at row 13 finds the checkpoint of step 10 whole, or still being written.
+  assert len(manifest['starts']) == 3 and manifest['starts'][1]['from_step'] in (0, 10)
   machine = manifest['starts'][-1]['machine']
   assert machine['threads'] and machine['packages']['jax'] and 'xla_flags' in machine
   again = run(pair[1].path, environment)
@@ -163,3 +164,4 @@ def test_changed_identity_is_refused_and_changed_placement_recorded(pair, enviro
   assert more.returncode == 0, more.stderr
   start = json.loads(RunDir(tmp_path / 'run').manifest_json.read_text())['starts'][-1]
   assert start['changes'] == {'checkpoints.snapshot_every': [4, 5]}
+  assert set(SnapshotReader(RunDir(tmp_path / 'run').snapshots).steps) >= {0, 15, 20, 35, 40}

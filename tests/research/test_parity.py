@@ -24,11 +24,11 @@ TOLERANCE = 1e-5
 MESHES = {
     'data 8': MeshConfig(data=8),
     'fsdp 8': MeshConfig(data=1, fsdp=8),
-    'tensor 2': MeshConfig(data=1, tensor=2),
+    'tensor 8': MeshConfig(data=1, tensor=8),
     'data 2 fsdp 2 tensor 2': MeshConfig(data=2, fsdp=2, tensor=2),
 }
 MODEL = ModelConfig(
-    vocab_size=96, context_length=32, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_head=16,
+    vocab_size=96, context_length=32, n_layers=2, d_model=64, n_heads=16, n_kv_heads=8, d_head=8,
     d_ff=128, layer_pattern=('sliding', 'full'), window=8, qk_norm='head', qkv_bias=True,
     attention_softcap=20.0, final_softcap=30.0, tie_embeddings=False)
 MODELS = {
