@@ -51,7 +51,8 @@ def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.
   if _has_heldout_text(config):
     source.heldout_documents()
   items = suite_items(config)
-  encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
+  if items:
+    encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
   # A run that exists already knows its parent, which may be gone by now.
   begun = run_dir.manifest_json.exists()
   return _Inputs(source, items, numerics, None if begun else find_parent(config, source.tokenizer))
