@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging as stdlib_logging
 import pkgutil
 import sys
 import types
@@ -128,6 +129,9 @@ def run(main: Callable[[], Any]) -> None:
   """Runs a launcher's main under absl; user errors end it with one sentence and code 2."""
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)
+    # Orbax logs a failed save with its traceback; the error itself reaches us when we wait for it.
+    logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname or
+                                        record.levelno < stdlib_logging.ERROR)
     try:
       if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; settings are given as '

@@ -111,7 +111,7 @@ def arithmetic(world: World) -> list[MonitorItem]:
           sum(question), _near_miss(rng, sum(question)), is_control=True))
   for i, question in enumerate(_QUESTIONS):
     items.append(_item(
-        'arithmetic', 'arithmetic_zero_shot', 0, i, _asked(question), sum(question),
+        'zero_shot', 'arithmetic_zero_shot', 0, i, _asked(question), sum(question),
         _near_miss(rng, sum(question))))
   return items
 
@@ -155,7 +155,7 @@ def sentiment(world: World) -> list[MonitorItem]:
   for seed in range(CONTROL_CONTEXTS):
     items += _opinion_items('sentiment', 'sentiment_few_shot', seed, rng, N_DEMONSTRATIONS,
                             CONTROL_ITEMS, is_flipped=False, is_control=True)
-  return items + _opinion_items('sentiment', 'sentiment_zero_shot', 0, rng, 0,
+  return items + _opinion_items('zero_shot', 'sentiment_zero_shot', 0, rng, 0,
                                 ZERO_SHOT_SENTIMENT_ITEMS, is_flipped=False)
 
 

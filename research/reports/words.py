@@ -22,6 +22,7 @@ _NOTES = {  # short enough for one line of a panel
     'intuitive': 'A tempting first answer against the right one.',
     'multi': 'The answer joins facts from across the context.',
     'persona': 'The answer joins facts from across the context.',
+    'zero_shot': 'No demonstrations say which kind of document this is.',
 }
 
 
