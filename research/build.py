@@ -76,21 +76,12 @@ class Build:
                                  out_shardings=sharding.replicated(self.mesh)))
 
   def in_mesh(self, function):
-    """Returns the function run under this mesh and the configured matmul precision.
-
-    Its `lower(*arguments)` lowers a jitted function in the same surroundings.
-    """
+    """Returns the function run under this mesh and the configured matmul precision."""
     def call(*arguments):
       with jax.set_mesh(self.mesh), jax.default_matmul_precision(
           self.config.compute.matmul_precision):
         return function(*arguments)
-    call.lower = lambda *arguments: self._lower(function, arguments)
     return call
-
-  def _lower(self, function, arguments):
-    with jax.set_mesh(self.mesh), jax.default_matmul_precision(
-        self.config.compute.matmul_precision):
-      return function.lower(*arguments)
 
   def place_params(self, values: Any) -> Any:
     """Returns host arrays laid out like the parameters, in their own dtype."""

@@ -110,6 +110,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
 
   recorder = Recorder(config, run_dir, first=first, kept=kept, tokens=position['tokens'],
                       n_devices=mesh.size)
+  manifest['peak'] = recorder.peak
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
   watch = Watch(config, inputs.items, source.tokenizer, source.start_id, built, run_dir, kept)

@@ -21,6 +21,7 @@ class Recorder:
   Attributes:
     tokens: loss-bearing tokens consumed so far.
     began: clock at the start of this process's work.
+    peak: the matmul rate that MFU is a share of, and where the figure is from.
   """
 
   def __init__(self, config: ExperimentConfig, run_dir: RunDir, *, first: int, kept: int,
@@ -37,7 +38,8 @@ class Recorder:
     """
     self.tokens = tokens
     self._step_tokens = config.data.batch_size * config.data.sequence_length
-    peak, _ = hardware.peak_flops(n_devices)
+    peak, origin = hardware.peak_flops(n_devices)
+    self.peak = {'flops_per_second': peak, 'origin': origin}
     self._flops_share = flops_per_token(config.model, config.data.sequence_length) / peak
     self._metrics = JsonLines(run_dir.metrics_jsonl, kept)
     steps = [row['step'] for row in read_rows(run_dir.metrics_jsonl)]
