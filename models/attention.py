@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig
+from models.products import transposed_product
 
 HIDDEN = -1e30  # logit of an invisible key; finite, so that a row without keys has no NaN
 MAX_AUTO_BLOCKS = 16  # blocks are unrolled: their number bounds the size of the program
@@ -98,26 +99,79 @@ def _reachable_keys(start: int, stop: int, n_keys: int, window: int) -> slice:
   return slice(first, max(min(stop, n_keys), first + 1))
 
 
+@jax.custom_vjp
+def _scores(q_BKRE: jax.Array, k_BKME: jax.Array) -> jax.Array:
+  """Returns products of queries and keys, float32 [B, K, R, M]."""
+  return jnp.einsum('bkre,bkme->bkrm', q_BKRE, k_BKME, preferred_element_type=jnp.float32)
+
+
+def _scores_backward(operands, g_BKRM: jax.Array):
+  """Returns the gradients of queries and keys."""
+  q_BKRE, k_BKME = operands
+  g_BKRM = g_BKRM.astype(q_BKRE.dtype)
+  d_q_BKRE = jnp.einsum('bkrm,bkme->bkre', g_BKRM, k_BKME)
+  return d_q_BKRE, transposed_product(g_BKRM, q_BKRE)
+
+
+_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
+
+
+def _weighted_forward(logits_BKRM: jax.Array, v_BKME: jax.Array):
+  """Returns softmax(logits) times the values, and what backward needs.
+
+  The weights are kept before their division by the total, in the dtype of the values.
+  """
+  top_BKR1 = jnp.max(logits_BKRM, axis=-1, keepdims=True)
+  weights_BKRM = jnp.exp(logits_BKRM - top_BKR1)
+  total_BKR1 = jnp.sum(weights_BKRM, axis=-1, keepdims=True)
+  weights_BKRM = weights_BKRM.astype(v_BKME.dtype)
+  out_BKRE = jnp.einsum(
+    'bkrm,bkme->bkre', weights_BKRM, v_BKME, preferred_element_type=jnp.float32
+  )
+  out_BKRE /= total_BKR1
+  return out_BKRE, (weights_BKRM, total_BKR1, out_BKRE, v_BKME)
+
+
+@jax.custom_vjp
+def _weighted(logits_BKRM: jax.Array, v_BKME: jax.Array) -> jax.Array:
+  """Returns softmax(logits) times the values, float32 [B, K, R, E]."""
+  return _weighted_forward(logits_BKRM, v_BKME)[0]
+
+
+def _weighted_backward(residuals, g_BKRE: jax.Array):
+  """Returns the gradients of logits and values (Dao et al. 2022, appendix B.2).
+
+  A logit that is hidden by a large negative bias has weight 0, so its gradient is 0 too.
+  """
+  weights_BKRM, total_BKR1, out_BKRE, v_BKME = residuals
+  g_BKRE = g_BKRE / total_BKR1
+  inner_BKR1 = jnp.sum(g_BKRE * out_BKRE, axis=-1, keepdims=True)
+  g_BKRE = g_BKRE.astype(v_BKME.dtype)
+  d_weights_BKRM = jnp.einsum(
+    'bkre,bkme->bkrm', g_BKRE, v_BKME, preferred_element_type=jnp.float32
+  )
+  d_logits_BKRM = weights_BKRM * (d_weights_BKRM - inner_BKR1)
+  return d_logits_BKRM, transposed_product(weights_BKRM, g_BKRE)
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
 def _attend_rows(
   q_BKGLE: jax.Array, k_BKME: jax.Array, v_BKME: jax.Array, visible_BLM, bias_KGLM,
   scale: float, softcap: float,
 ) -> jax.Array:
   """Returns attention of some query rows over the keys given, [B, K, G, L, E]."""
   B, K, G, L, E = q_BKGLE.shape
-  q_BKRE = q_BKGLE.reshape(B, K, G * L, E)
-  logits = jnp.einsum('bkre,bkme->bkrm', q_BKRE, k_BKME, preferred_element_type=jnp.float32)
-  logits_BKGLM = softcapped(logits.reshape(B, K, G, L, -1) * scale, softcap)
+  scores = _scores(q_BKGLE.reshape(B, K, G * L, E), k_BKME).reshape(B, K, G, L, -1)
+  logits_BKGLM = softcapped(scores * scale, softcap)
   if bias_KGLM is not None:
     logits_BKGLM += bias_KGLM
-  masked_BKGLM = jnp.where(visible_BLM[:, None, None], logits_BKGLM, HIDDEN)
-  top_BKGL1 = jax.lax.stop_gradient(jnp.max(masked_BKGLM, axis=-1, keepdims=True))
-  weights_BKGLM = jnp.exp(masked_BKGLM - top_BKGL1)
-  total_BKGL1 = jnp.sum(weights_BKGLM, axis=-1, keepdims=True)
-  weights_BKRM = weights_BKGLM.reshape(B, K, G * L, -1).astype(v_BKME.dtype)
-  out_BKRE = jnp.einsum(
-    'bkrm,bkme->bkre', weights_BKRM, v_BKME, preferred_element_type=jnp.float32
-  )
-  out_BKGLE = out_BKRE.reshape(B, K, G, L, E) / total_BKGL1
+  where = np.where if isinstance(visible_BLM, np.ndarray) else jnp.where
+  hidden_BLM = where(visible_BLM, np.float32(0), np.float32(HIDDEN))
+  logits_BKGLM += hidden_BLM[:, None, None]  # added, not selected: backward needs no mask
+  out_BKRE = _weighted(logits_BKGLM.reshape(B, K, G * L, -1), v_BKME)
+  out_BKGLE = out_BKRE.reshape(B, K, G, L, E)
   if isinstance(visible_BLM, np.ndarray) and visible_BLM.any(-1).all():
     return out_BKGLE
   return jnp.where(visible_BLM.any(-1)[:, None, None, :, None], out_BKGLE, 0)

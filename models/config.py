@@ -142,7 +142,7 @@ class ModelConfig:
   )
   scan_layers: A[str, "'scan', 'unroll' or 'auto'", 'placement'] = 'auto'
   attention: A[str, "'blocks', 'dense' or 'auto'", 'placement'] = 'auto'
-  attention_block: A[int, 'query rows per attention block', 'placement'] = 128
+  attention_block: A[int, 'query rows per attention block', 'placement'] = 64
 
   def __post_init__(self):
     for field, choices in CHOICES.items():

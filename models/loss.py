@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from models.attention import softcapped
+from models.products import transposed_product
 
 
 class CrossEntropy(NamedTuple):
@@ -52,8 +53,7 @@ def _chunk_gradients(h_TD, u_VD, targets_T, weights_T, z_weight: float, softcap:
     d_logits_TV *= 1 - (logits_TV / softcap) ** 2
   d_logits_TV = d_logits_TV.astype(h_TD.dtype)
   d_h_TD = jnp.einsum('tv,vd->td', d_logits_TV, u_VD.astype(h_TD.dtype))
-  d_u_VD = jnp.einsum('tv,td->vd', d_logits_TV, h_TD, preferred_element_type=jnp.float32)
-  return sums, d_h_TD, d_u_VD
+  return sums, d_h_TD, transposed_product(d_logits_TV, h_TD, jnp.float32)
 
 
 def _chunked(x_T: jax.Array, chunk: int) -> jax.Array:

@@ -199,8 +199,12 @@ class Transformer(nnx.Module):
       layer_keys = jax.random.split(blocks_key, config.n_layers)
     rope = {}
     if config.positions == 'rope':
-      kinds = sorted(set(config.layer_kinds))
-      rope = {k: rope_tables(config.kind_rope(k), config.d_head, positions) for k in kinds}
+      rope = {
+        kind: rope_tables(
+          config.kind_rope(kind), config.d_head, positions, config.context_length
+        )
+        for kind in sorted(set(config.layer_kinds))
+      }
     context = Context(rope, segment_ids_BL, prefix_lengths_C)
 
     def body(kind: str, carry, inputs):

@@ -46,7 +46,7 @@ def test_rotation_equals_plane_rotations(name):
   rope = ROPES[name]
   x_BLHE = np.random.default_rng(0).normal(size=(2, 3, 2, 16)).astype(np.float32)
   positions_BL = np.array([[0, 5, 90], [7, 1, 2]])
-  got = rotate(x_BLHE, *rope_tables(rope, 16, positions_BL))
+  got = rotate(x_BLHE, *rope_tables(rope, 16, positions_BL, 91))
   for b in range(2):
     for i in range(3):
       for h in range(2):
@@ -58,8 +58,8 @@ def test_rotated_products_depend_on_distance_only():
   q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 32)).astype(np.float32)
 
   def product(i, j):
-    a = rotate(q, *rope_tables(ROPES['plain'], 32, np.array([i])))
-    b = rotate(k, *rope_tables(ROPES['plain'], 32, np.array([j])))
+    a = rotate(q, *rope_tables(ROPES['plain'], 32, np.array([i]), 104))
+    b = rotate(k, *rope_tables(ROPES['plain'], 32, np.array([j]), 104))
     return float((a * b).sum())
 
   assert math.isclose(product(3, 1), product(103, 101), rel_tol=1e-4)
