@@ -13,7 +13,7 @@ CHOICES = {
   'compute_dtype': ('float32', 'bfloat16'),
   'remat': ('none', 'full', 'dots'),
   'scan_layers': ('scan', 'unroll', 'auto'),
-  'attention': ('blocks', 'dense', 'auto'),
+  'attention': ('auto', 'unrolled', 'blockwise', 'flash_tpu', 'oracle'),
 }
 LAYER_KINDS = ('sliding', 'full')
 ROPE_SCALINGS = ('none', 'linear', 'llama3', 'yarn')
@@ -141,7 +141,10 @@ class ModelConfig:
     'none'
   )
   scan_layers: A[str, "'scan', 'unroll' or 'auto'", 'placement'] = 'auto'
-  attention: A[str, "'blocks', 'dense' or 'auto'", 'placement'] = 'auto'
+  attention: A[
+    str, "'unrolled', 'blockwise', 'flash_tpu', 'oracle', or 'auto': by platform and length",
+    'placement',
+  ] = 'auto'
   attention_block: A[int, 'query rows per attention block', 'placement'] = 64
 
   def __post_init__(self):

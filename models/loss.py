@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.attention import softcapped
+from models.kernels.interface import softcapped
 from models.products import transposed_product
 
 

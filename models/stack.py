@@ -32,11 +32,11 @@ class RunLayers(Protocol):
   ) -> tuple[Any, Any]: ...
 
 
-def scans_layers(config: ModelConfig) -> bool:
-  """Returns whether the stack is a scan in the program rather than unrolled."""
+def scans_layers(config: ModelConfig, platform: str) -> bool:
+  """Returns whether the stack is a scan in the program for a platform, or unrolled."""
   if config.scan_layers != 'auto':
     return config.scan_layers == 'scan'
-  return jax.default_backend() != 'cpu' or config.n_layers > UNROLL_LIMIT
+  return platform != 'cpu' or config.n_layers > UNROLL_LIMIT
 
 
 @jax.custom_vjp
@@ -81,7 +81,7 @@ def run_layers(body: Body, carry: Any, inputs: Any, config: ModelConfig) -> tupl
   ]
   period = len(config.layer_pattern)
   n_groups = config.n_layers // period
-  if not scans_layers(config) or n_groups < 2:
+  if not scans_layers(config, jax.default_backend()) or n_groups < 2:
     return _unrolled(steps, carry, inputs)
   n_grouped = n_groups * period
   grouped = jax.tree.map(

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import axes
-from models.attention import Attend, configured_attention, prefix_attention, softcapped
+from models.attention import configured_attention, prefix_attention
 from models.config import ModelConfig
+from models.kernels.interface import Attention, Mask, softcapped
 from models.layers import MLP, AttentionProjections, Constrain, Embedding, model_norm
 from models.moe import AuxLosses, ExpertDispatch, MoE, ragged_dispatch
 from models.positions import alibi_slopes, rope_tables, rotate
@@ -37,13 +38,13 @@ def unconstrained(x: jax.Array, names: tuple[Optional[str], ...]) -> jax.Array:
 class Seams:
   """Callables that placement may replace; the defaults compute on one device.
 
-  constrain(x, logical_names) -> x; attend: see `attention.Attend`, None means the one
-  that the config names; run_layers: see `stack.RunLayers`; expert_dispatch: see
+  constrain(x, logical_names) -> x; attend: see `kernels.interface.Attention`, None means
+  the one that the config names; run_layers: see `stack.RunLayers`; expert_dispatch: see
   `moe.ExpertDispatch`.
   """
 
   constrain: Constrain = unconstrained
-  attend: Optional[Attend] = None
+  attend: Optional[Attention] = None
   run_layers: RunLayers = run_layers
   expert_dispatch: ExpertDispatch = ragged_dispatch
 
@@ -105,19 +106,20 @@ class Block(nnx.Module):
     k_BLKE = constrain(k_BLKE, (axes.BATCH, axes.LENGTH, axes.KV_HEADS_ACT, None))
     v_BLKE = constrain(v_BLKE, (axes.BATCH, axes.LENGTH, axes.KV_HEADS_ACT, None))
     options: dict[str, Any] = dict(
-      scale=config.scale, window=config.kind_window(kind), softcap=config.attention_softcap,
+      scale=config.scale, softcap=config.attention_softcap,
       alibi_slopes_H=alibi_slopes(config.n_heads) if config.positions == 'alibi' else None,
     )
     if prefix is not None:
       out_BLHE = prefix_attention(
         q_BLHE, k_BLKE, v_BLKE, prefix.k_NCPKE, prefix.v_NCPKE, context.prefix_lengths_C,
-        **options,
+        window=config.kind_window(kind), **options,
       )
     else:
       attend = self.seams.attend or configured_attention(config)
       out_BLHE = attend(
-        q_BLHE, k_BLKE, v_BLKE, segment_ids_BL=context.segment_ids_BL, **options
-      )
+        q_BLHE, k_BLKE, v_BLKE, mask=Mask(window=config.kind_window(kind)),
+        segment_ids_BL=context.segment_ids_BL, **options,
+      ).out_BLHE
     out_BLHE = constrain(out_BLHE, (axes.BATCH, axes.LENGTH, axes.HEADS_ACT, None))
     return self.attention.output(out_BLHE), KV(k_BLKE, v_BLKE)
 

@@ -1,5 +1,6 @@
 """Where models and parallelism meet: a config and a mesh become a laid-out model and its step."""
 
+import ctypes
 import dataclasses
 from typing import Any
 
@@ -10,8 +11,12 @@ import optax
 from jax.sharding import Mesh
 
 from models import transformer
+from models.attention import choose_attention, configured_attention
+from models.config import ModelConfig
+from models.kernels.interface import Attended
 from models.stack import scans_layers
 from parallelism import sharding
+from parallelism.attention import over_mesh
 from research.config import ExperimentConfig
 from research.training import step as step_lib
 from research.training.optimizers import make_optimizer, schedule
@@ -67,8 +72,8 @@ class Build:
         config, self.graphdef, self.optimizer, schedule(config.optimizer, config.n_steps),
         self.n_micro)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    return self.in_mesh(jax.jit(step, donate_argnums=0, out_shardings=(
-        shardings, sharding.replicated(self.mesh))))
+    return _trimmed(self.in_mesh(jax.jit(step, donate_argnums=0, out_shardings=(
+        shardings, sharding.replicated(self.mesh)))))
 
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""
@@ -109,6 +114,25 @@ class Build:
     return {name: place(x) for name, x in local.items()}
 
 
+def _trimmed(step):
+  """Returns the step; after its first call, what compiling it freed goes back to the system.
+
+  The C library would keep a quarter of a gigabyte resident for the rest of the run.
+  """
+  compiled = False
+
+  def call(*arguments):
+    nonlocal compiled
+    result = step(*arguments)
+    if not compiled:
+      compiled = True
+      libc = ctypes.CDLL(None)
+      if hasattr(libc, 'malloc_trim'):  # glibc has it, musl and macOS do not
+        libc.malloc_trim(0)
+    return result
+  return call
+
+
 def _fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
   params = transformer.init(config.model, config.seed)
   ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
@@ -143,8 +167,18 @@ def count_microbatches(config: ExperimentConfig, mesh: Mesh) -> int:
 
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   """Returns the choices that change bits but not meaning, for the manifest and for reuse."""
-  return {'n_micro': count_microbatches(config, mesh),
-          'scan_layers': 'scan' if scans_layers(config.model) else 'unroll'}
+  platform = mesh.devices.flat[0].platform
+  attention, _ = choose_attention(config.model, platform, config.data.sequence_length)
+  return {'n_micro': count_microbatches(config, mesh), 'attention': attention,
+          'scan_layers': 'scan' if scans_layers(config.model, platform) else 'unroll'}
+
+
+def _kernel(model: ModelConfig, mesh: Mesh):
+  """Returns the model's attention kernel run by shard_map, None for plain XLA attention."""
+  if model.attention != 'flash_tpu' or mesh.size == 1:
+    return None
+  attend = over_mesh(mesh, configured_attention(model))
+  return lambda *arrays, **options: Attended(*attend(*arrays, **options))
 
 
 def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Build:
@@ -154,9 +188,10 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
     ValueError: the mesh does not divide the batch or a parameter axis.
   """
   count_microbatches(config, mesh)
-  model = dataclasses.replace(config.model, scan_layers=numerics['scan_layers'])
+  model = dataclasses.replace(config.model, scan_layers=numerics['scan_layers'],
+                              attention=numerics['attention'])
   config = dataclasses.replace(config, model=model)
-  seams = transformer.Seams(constrain=sharding.constrain(mesh))
+  seams = transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh))
   axes = transformer.logical_axes(model)
   sharding.check_divisible(mesh, transformer.abstract_params(model), axes)
   optimizer = make_optimizer(config.optimizer, axes)

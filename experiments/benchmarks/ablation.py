@@ -10,6 +10,7 @@ from experiments.benchmarks import modehop_step, shapes
 from models import transformer
 from models.attention import configured_attention
 from models.config import ModelConfig
+from models.kernels.interface import Attended
 from models.loss import cross_entropy
 from parallelism import sharding
 from research.build import Build
@@ -32,10 +33,11 @@ VARIANTS = {
 }
 
 
-def _own_values(q_BLHE, k_BMKE, v_BMKE, **options) -> jax.Array:
+def _own_values(q_BLHE, k_BMKE, v_BMKE, **options) -> Attended:
   """Returns every token's own value, in place of attention."""
-  del q_BLHE, k_BMKE, options
-  return v_BMKE
+  del k_BMKE, options
+  B, L, H, _ = q_BLHE.shape
+  return Attended(v_BMKE, jnp.zeros((B, H, L)))
 
 
 def _built_with(built: Build, model: ModelConfig, attend=None, n_micro: int | None = None) -> Build:

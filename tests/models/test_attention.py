@@ -1,157 +1,235 @@
-"""Attention: both implementations against NumPy float64 loops, and against each other."""
+"""Attention: the oracle against NumPy loops, every implementation against the oracle."""
 
+import dataclasses
 import functools
 import math
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import block_attention, configured_attention, dense_attention
+from models.attention import choose_attention, configured_attention
 from models.config import ModelConfig
+from models.kernels import blockwise, flash_tpu, oracle, unrolled
+from models.kernels.interface import HIDDEN, Attended, Mask
 from models.positions import alibi_slopes
+from tests.models.attention_harness import TOLERANCE, Case, errors, rejected, value_and_gradients
 
-B, L, H, K, E = 2, 13, 4, 2, 6
-SEGMENTS = np.array([[1] * 5 + [2] * 6 + [0] * 2, [4] * 13])
-OPTIONS = {
-  'plain': {},
-  'segments': dict(segment_ids_BL=SEGMENTS),
-  'window': dict(window=3),
-  'window_segments': dict(window=4, segment_ids_BL=SEGMENTS),
-  'softcap': dict(softcap=0.7),
-  'alibi': dict(alibi_slopes_H=alibi_slopes(H), segment_ids_BL=SEGMENTS),
+IMPLEMENTATIONS = {
+  'unrolled': functools.partial(unrolled.attention, block=8),
+  'blockwise': functools.partial(blockwise.attention, block=8),
+  'flash_tpu': functools.partial(
+    flash_tpu.attention, q_block=128, k_block=128, interpret=True
+  ),
+}
+# Every feature and every pair of masks and features at least once; lengths that end inside a block.
+CASES = {
+  'causal': Case(),
+  'bidirectional': Case(L=20, M=41, mask=Mask(causal=False), K=1, softcap=1.5),
+  'bidirectional window': Case(mask=Mask(causal=False, window=4), segments=True, alibi=True),
+  'window': Case(mask=Mask(window=5), K=4, segments=True, alibi=True),
+  'chunk': Case(mask=Mask(chunk=8), segments=True, softcap=0.7),
+  'chunk and window after a prefix': Case(L=20, M=37, mask=Mask(chunk=8, window=3, q_offset=5)),
+  'queries before all keys': Case(L=30, M=20, mask=Mask(q_offset=-6), segments=True),
+  'wide heads': Case(E=64, H=2, K=1, scale=0.125),
+  'one token': Case(L=1, M=9, mask=Mask(q_offset=8)),
+}
+# The TPU kernel's blocks have 128 rows, so its cases are longer and fewer.
+LONG = {
+  'causal': Case(L=300, M=300),
+  'window, segments, alibi': Case(
+    L=300, M=300, mask=Mask(window=50), segments=True, alibi=True, B=1
+  ),
+  'bidirectional, softcap, one key head': Case(
+    L=200, M=330, mask=Mask(causal=False), K=1, softcap=1.5, B=1
+  ),
+  'chunk before all keys': Case(L=300, M=300, mask=Mask(chunk=80, q_offset=-30), softcap=0.7, B=1),
 }
 
 
-def inputs(n_keys=L, seed=0):
-  """Returns random queries, keys, values and an output cotangent of unit scale."""
-  rng = np.random.default_rng(seed)
-  shapes = ((B, L, H, E), (B, n_keys, K, E), (B, n_keys, K, E), (B, L, H, E))
-  return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-
-
-def loops(q, k, v, *, scale, segment_ids_BL=None, key_segment_ids_BM=None, window=0,
-          softcap=0.0, alibi_slopes_H=None, q_offset=0):
+def loops(q, k, v, *, scale, mask, segment_ids_BL=None, key_segment_ids_BM=None, softcap=0.0,
+          alibi_slopes_H=None):
   """Returns attention in float64, one query, head and key at a time."""
-  q, k, v = (x.astype(np.float64) for x in (q, k, v))
-  queries = np.ones(q.shape[:2]) if segment_ids_BL is None else segment_ids_BL
-  keys = queries if key_segment_ids_BM is None else key_segment_ids_BM
-  if segment_ids_BL is None:
-    keys = np.ones(k.shape[:2])
-  out = np.zeros(q.shape)
-  for b in range(q.shape[0]):
-    for i in range(q.shape[1]):
-      for h in range(q.shape[2]):
-        terms = []
-        for j in range(k.shape[1]):
-          distance = i + q_offset - j
-          near = distance >= 0 and (window == 0 or distance < window)
-          if near and queries[b, i] == keys[b, j] and keys[b, j] != 0:
-            logit = q[b, i, h] @ k[b, j, h // (H // K)] * scale
-            logit = softcap * math.tanh(logit / softcap) if softcap else logit
-            logit -= 0 if alibi_slopes_H is None else alibi_slopes_H[h] * distance
-            terms.append((math.exp(logit), v[b, j, h // (H // K)]))
-        if terms:
-          out[b, i, h] = sum(w * x for w, x in terms) / sum(w for w, _ in terms)
-  return out
+  B, L, H, _ = q.shape
+  M, K = k.shape[1:3]
+  queries = np.ones((B, L)) if segment_ids_BL is None else segment_ids_BL
+  keys = np.ones((B, M)) if segment_ids_BL is None else key_segment_ids_BM
+  keys = queries if keys is None else keys
+  out, lse = np.zeros(q.shape), np.full((B, H, L), HIDDEN)
+  for b, i, h in np.ndindex(B, L, H):
+    terms = []
+    for j in range(M):
+      at = i + mask.q_offset
+      near = (not mask.causal or j <= at) and (not mask.window or abs(at - j) < mask.window)
+      near = near and (not mask.chunk or at // mask.chunk == j // mask.chunk)
+      if near and queries[b, i] == keys[b, j] and keys[b, j] != 0:
+        logit = q[b, i, h] @ k[b, j, h // (H // K)] * scale
+        logit = softcap * math.tanh(logit / softcap) if softcap else logit
+        logit -= 0 if alibi_slopes_H is None else alibi_slopes_H[h] * abs(at - j)
+        terms.append((math.exp(logit), v[b, j, h // (H // K)]))
+    if terms:
+      total = sum(w for w, _ in terms)
+      out[b, i, h], lse[b, h, i] = sum(w * x for w, x in terms) / total, math.log(total)
+  return out, lse
 
 
-def relative(a, b):
-  """Returns ||a - b|| / ||b||."""
-  return np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+@pytest.mark.parametrize('name', CASES)
+def test_the_oracle_equals_numpy_loops(name):
+  case = CASES[name]
+  q, k, v, *_ = case.operands()
+  with jax.enable_x64():
+    got = oracle.attention(q, k, v, **case.options())
+    out, lse = np.asarray(got.out_BLHE), np.asarray(got.lse_BHL)
+  expected = loops(q, k, v, **case.options())
+  np.testing.assert_allclose(out, expected[0], rtol=1e-6, atol=1e-9)
+  np.testing.assert_allclose(lse, expected[1], rtol=1e-6, atol=1e-9)
 
 
-def value_and_gradients(attend, q, k, v, cotangent, **options):
-  """Returns the output of an attention function and its gradients, jitted."""
-
-  @jax.jit
-  def both(q, k, v, cotangent):
-    out, vjp = jax.vjp(functools.partial(attend, **options), q, k, v)
-    return out, vjp(cotangent)
-
-  return both(q, k, v, cotangent)
-
-
-@pytest.mark.parametrize('name', OPTIONS)
-def test_blocks_and_dense_equal_numpy_loops_and_their_gradients_agree(name):
-  options = dict(scale=0.4, **OPTIONS[name])
-  expected = loops(*inputs()[:3], **options)
-  blocks, gradients = value_and_gradients(block_attention, *inputs(), block=4, **options)
-  dense, dense_gradients = value_and_gradients(dense_attention, *inputs(), **options)
-  assert relative(dense, expected) < 1e-6 and relative(blocks, expected) < 1e-6
-  for got, want in zip(gradients, dense_gradients, strict=True):
-    assert relative(got, np.asarray(want)) < 2e-6
-
-
-def test_gradients_equal_finite_differences_of_the_loops():
-  q, k, v, cotangent = inputs()
-  options = dict(scale=0.4, segment_ids_BL=SEGMENTS, window=5, softcap=1.5)
-  _, gradients = value_and_gradients(block_attention, q, k, v, cotangent, block=4, **options)
+def test_the_oracles_gradients_equal_finite_differences_of_the_loops():
+  case = Case(L=9, M=9, mask=Mask(window=5), segments=True, softcap=1.5)
+  q, k, v, g_out, g_lse = case.operands()
+  with jax.enable_x64():
+    gradients = value_and_gradients(oracle.attention, case.operands(), **case.options())[2:]
   rng = np.random.default_rng(1)
   for i, gradient in enumerate(gradients):
     direction = rng.normal(size=gradient.shape)
     ends = []
     for sign in (1, -1):
-      moved = [x.astype(np.float64) for x in (q, k, v)]
-      moved[i] = moved[i] + sign * 1e-4 * direction
-      ends.append((loops(*moved, **options) * cotangent).sum())
-    slope = (ends[0] - ends[1]) / 2e-4
-    assert abs((np.asarray(gradient) * direction).sum() - slope) < 1e-4 * max(1, abs(slope))
+      moved = [q, k, v]
+      moved[i] = moved[i] + sign * 1e-5 * direction
+      out, lse = loops(*moved, **case.options())
+      ends.append((out * g_out).sum() + (np.where(lse == HIDDEN, 0, lse) * g_lse).sum())
+    slope = (ends[0] - ends[1]) / 2e-5
+    assert (np.asarray(gradient) * direction).sum() == pytest.approx(slope, rel=1e-6)
 
 
-def test_grouped_heads_equal_repeated_heads():
-  q, k, v, cotangent = inputs()
-  repeated = [np.repeat(x, H // K, axis=2) for x in (k, v)]
-  options = dict(scale=0.4, block=4)
-  grouped, gradients = value_and_gradients(block_attention, q, k, v, cotangent, **options)
-  full, full_gradients = value_and_gradients(block_attention, q, *repeated, cotangent, **options)
-  assert relative(grouped, np.asarray(full)) < 1e-6
-  for got, want in zip(gradients[1:], full_gradients[1:], strict=True):
-    summed = np.asarray(want).reshape(B, L, K, H // K, E).sum(axis=3)
-    assert relative(got, summed) < 1e-6
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('name', ['unrolled', 'blockwise'])
+def test_results_and_gradients_equal_the_oracle(name, case, dtype):
+  measured = errors(IMPLEMENTATIONS[name], CASES[case], dtype)
+  assert not rejected(measured, dtype), measured
 
 
-@pytest.mark.parametrize('attend', [dense_attention, functools.partial(block_attention, block=4)])
-def test_queries_may_stand_after_the_first_keys(attend):
-  q, k, v, _ = inputs(n_keys=20)
-  got = jax.jit(functools.partial(attend, scale=0.3, q_offset=7, window=9))(q, k, v)
-  assert relative(got, loops(q, k, v, scale=0.3, q_offset=7, window=9)) < 1e-6
+@pytest.mark.parametrize('case', LONG)
+def test_the_tpu_kernels_equal_the_oracle_in_interpret_mode(case):
+  measured = errors(IMPLEMENTATIONS['flash_tpu'], LONG[case])
+  assert not rejected(measured), measured
 
 
-def test_padding_gives_zeros_and_no_gradient():
-  out, gradients = value_and_gradients(
-    block_attention, *inputs(), block=4, scale=1.0, segment_ids_BL=SEGMENTS
+def test_the_tpu_kernels_equal_the_oracle_in_bfloat16():
+  measured = errors(IMPLEMENTATIONS['flash_tpu'], LONG['causal'], 'bfloat16')
+  assert not rejected(measured, 'bfloat16'), measured
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+  lengths=st.tuples(st.integers(1, 40), st.integers(1, 40)), heads=st.sampled_from([1, 2, 4]),
+  width=st.sampled_from([8, 24]), causal=st.booleans(), window=st.integers(0, 20),
+  chunk=st.integers(0, 12), q_offset=st.integers(-10, 20), block=st.integers(4, 16),
+)
+def test_any_shape(lengths, heads, width, causal, window, chunk, q_offset, block):
+  case = Case(
+    *lengths, K=heads, E=width, mask=Mask(causal, window, chunk, q_offset), softcap=2.0, B=1
   )
-  np.testing.assert_array_equal(out[0, 11:], 0)
-  for gradient in gradients:
-    np.testing.assert_array_equal(gradient[0, 11:], 0)
+  for attend in (unrolled.attention, blockwise.attention):
+    measured = errors(functools.partial(attend, block=block), case)
+    assert not rejected(measured), (attend.__module__, measured)
 
 
-def test_large_logits_stay_finite():
-  out, gradients = value_and_gradients(block_attention, *inputs(), block=4, scale=1e4)
-  assert np.isfinite(out).all() and all(np.isfinite(g).all() for g in gradients)
+def _one_key_too_far(*operands, mask, **options):
+  """Returns attention whose causal mask lets each query see the next key too."""
+  return unrolled.attention(
+    *operands, mask=dataclasses.replace(mask, q_offset=mask.q_offset + 1), **options
+  )
 
 
-@pytest.mark.parametrize('name', ['dense', 'blocks', 'auto'])
+@jax.custom_vjp
+def _leaky(x):
+  return x
+
+
+_leaky.defvjp(lambda x: (x, None), lambda _, g: (g * 1.0001,))
+
+
+def _keys_gradient_off_by_a_ten_thousandth(q, k, v, **options):
+  return unrolled.attention(q, _leaky(k), v, **options)
+
+
+def test_the_harness_rejects_broken_kernels():
+  assert {'out', 'lse'} <= set(rejected(errors(_one_key_too_far, Case())))
+  assert rejected(errors(_keys_gradient_off_by_a_ten_thousandth, Case())) == ['d_k']
+
+  def nan_for_blind_queries(*operands, **options):
+    out, lse = unrolled.attention(*operands, **options)
+    return Attended(jnp.where(lse.swapaxes(1, 2)[..., None] == HIDDEN, jnp.nan, out), lse)
+
+  assert rejected(errors(nan_for_blind_queries, Case(segments=True))) == ['blind queries']
+
+
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+def test_large_logits_stay_finite(name):
+  case = Case(scale=1e4)
+  operands = [x.astype(np.float32) for x in case.operands()]
+  results = value_and_gradients(IMPLEMENTATIONS[name], operands, **case.options())
+  assert all(np.isfinite(x).all() for x in results)
+
+
+def test_grouped_heads_are_not_repeated():
+  case = Case(L=64, M=64, H=8, K=1, E=32)
+  operands = [x.astype(np.float32) for x in case.operands()]
+  text = jax.jit(functools.partial(blockwise.attention, **case.options())).lower(
+    *operands[:3]
+  ).compile().as_text()
+  assert 'f32[2,64,8,32]' in text  # the queries
+  assert 'f32[2,8,64,32]' not in text  # keys or values with a copy per query head
+
+
+@pytest.mark.parametrize('name', ['unrolled', 'blockwise', 'oracle', 'auto'])
 def test_each_configured_attention_is_causal_attention(name):
-  q, k, v, _ = inputs()
+  case = Case(L=20, M=20)
   attend = configured_attention(ModelConfig(attention=name, attention_block=5))
-  attend = jax.jit(functools.partial(attend, scale=0.4))
-  assert relative(attend(q, k, v), loops(q, k, v, scale=0.4)) < 1e-6
+  measured = errors(attend, case)
+  assert not rejected(measured), measured
 
 
-def test_the_comparison_rejects_a_broken_attention():
-  def broken(q, k, v, **options):
-    return dense_attention(q, jnp.roll(k, 1, axis=1), v, **options)
+def test_the_choice_names_its_reason():
+  config = ModelConfig()
+  assert choose_attention(config, 'cpu', 256)[0] == 'unrolled'
+  assert choose_attention(config, 'cpu', 8192) == (
+    'blockwise', 'plain XLA with memory linear in the length'
+  )
+  assert choose_attention(config, 'tpu', 256) == ('flash_tpu', 'the devices are TPUs')
+  named = dataclasses.replace(config, attention='oracle')
+  assert choose_attention(named, 'tpu', 256) == ('oracle', 'model.attention names it')
 
-  q, k, v, _ = inputs()
-  assert relative(broken(q, k, v, scale=0.4), loops(q, k, v, scale=0.4)) > 1e-2
+
+def _temporary_bytes(attend, length: int) -> int:
+  """Returns the compiler's temporary bytes of a forward and backward pass."""
+  shape = jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)
+
+  def loss(q, k, v):
+    return attend(q, k, v, scale=0.2).out_BLHE.sum()
+
+  compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_bfloat16_inputs_use_a_float32_softmax():
-  q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
-  out = jax.jit(functools.partial(block_attention, scale=0.4, block=4))(q, k, v)
-  assert out.dtype == jnp.bfloat16
-  expected = loops(*(np.asarray(x, np.float32) for x in (q, k, v)), scale=0.4)
-  assert relative(out, expected) < 6e-3  # 2^-8 of rounding in weights and in the output
+def test_blockwise_memory_is_linear_in_the_length():
+  small, large = (_temporary_bytes(blockwise.attention, n) for n in (1024, 4096))
+  assert large < 4.5 * small
+  dense_small, dense_large = (_temporary_bytes(oracle.attention, n) for n in (1024, 4096))
+  assert dense_large > 12 * dense_small
+
+
+def test_alibi_slopes_stay_with_their_heads():
+  case = Case(H=4, K=2, alibi=True)
+  assert len(set(alibi_slopes(case.H))) == 4
+  swapped = {**case.options(), 'alibi_slopes_H': alibi_slopes(4)[::-1]}
+  q, k, v, *_ = (x.astype(np.float32) for x in case.operands())
+  one = blockwise.attention(q, k, v, **case.options()).out_BLHE
+  other = blockwise.attention(q, k, v, **swapped).out_BLHE
+  assert not np.allclose(one, other)

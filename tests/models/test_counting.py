@@ -97,7 +97,7 @@ def dot_flops(jaxpr):
 def test_flops_equal_the_dots_of_the_program(pattern):
   # Blocks of one query row compute exactly the visible pairs.
   config = tiny(
-    attention='blocks', attention_block=1, scan_layers='unroll', layer_pattern=pattern, window=3
+    attention='unrolled', attention_block=1, scan_layers='unroll', layer_pattern=pattern, window=3
   )
   graphdef, length = transformer.build(config), 8
 

@@ -10,6 +10,7 @@ import pytest
 
 from models import loss, transformer
 from models.config import MoEConfig
+from models.kernels.interface import Attended, Mask
 from tests.models import programs, witness
 from tests.models.variants import TINY, VARIANTS, tiny
 
@@ -264,14 +265,14 @@ def test_seams_are_called_with_logical_names():
     return x
 
   def attend(q_BLHE, k_BMKE, v_BMKE, **options):
-    attended.append(options['window'])
-    return jnp.zeros_like(q_BLHE)
+    attended.append(options['mask'])
+    return Attended(jnp.zeros_like(q_BLHE), jnp.zeros(()))
 
   config = tiny(layer_pattern=('sliding', 'full'), window=3, scan_layers='unroll')
   graphdef = transformer.build(config, transformer.Seams(constrain=constrain, attend=attend))
   model = transformer.apply(graphdef, random_params(config))
   model.logits(model(some_tokens())[0])
-  assert attended == [3, 0]
+  assert attended == [Mask(window=3), Mask()]
   assert ('batch', 'length', 'vocab_act') in seen and ('batch', 'length', 'embed_act') in seen
   assert ('batch', 'length', 'heads_act', None) in seen
 

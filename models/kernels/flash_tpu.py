@@ -1,0 +1,365 @@
+"""Owns the TPU's attention kernels, forward and backward (Dao et al. 2022; Mosaic by Pallas).
+
+A grid step is one live pair of a block of queries and a block of keys (`pairs.live_pairs`);
+dead pairs are no steps at all. Logits are [queries, keys]; statistics of a query are kept as
+columns repeated over the lanes and travel through memory as rows.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Callable, NamedTuple, Optional
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from models.kernels.interface import HIDDEN, Attended, Mask, softcapped
+from models.kernels.pairs import FIRST, LAST, MASKED, live_pairs
+
+LANES = 128
+BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What is static about a call; lengths are those before padding to whole blocks."""
+
+  mask: Mask
+  scale: float
+  softcap: float
+  n_queries: int
+  n_keys: int
+  q_block: int
+  k_block: int
+  has_segments: bool
+  has_slopes: bool
+  interpret: Any
+
+
+class Operands(NamedTuple):
+  """Arrays of a call, lengths padded to whole blocks."""
+
+  q_BHLE: jax.Array
+  k_BKME: jax.Array
+  v_BKME: jax.Array
+  slopes_H: jax.Array
+  q_segments_B1L: jax.Array
+  k_segments_B1M: jax.Array
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+  """Returns the float32 product of two matrices over one dimension of each."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _column(row_1L: jax.Array) -> jax.Array:
+  """Returns a row [1, L] as a column [L, 1]."""
+  return jnp.broadcast_to(row_1L, (LANES, row_1L.shape[1])).T[:, :1]
+
+
+def _row(column_L1: jax.Array) -> jax.Array:
+  """Returns a column [L, 1] as a row [1, L]."""
+  return jnp.broadcast_to(column_L1, (column_L1.shape[0], LANES)).T[:1]
+
+
+class Refs(NamedTuple):
+  """Inputs of a grid step; all blocks of one head."""
+
+  q_LE: Any
+  k_ME: Any
+  v_ME: Any
+  q_segments_1L: Any
+  k_segments_1M: Any
+
+
+def _logits(
+  problem: Problem, refs: Refs, slope: Any, q_block: jax.Array, k_block: jax.Array, masked: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Returns soft-capped products and the logits of a pair of blocks, float32 [L, M]."""
+  products_LM = _dot(refs.q_LE[...], refs.k_ME[...], (1, 1))
+  capped_LM = softcapped(products_LM * problem.scale, problem.softcap)
+  logits_LM = capped_LM
+  shape = logits_LM.shape
+  queries_LM = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (
+    q_block * problem.q_block + problem.mask.q_offset
+  )
+  keys_LM = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + k_block * problem.k_block
+  if problem.has_slopes:
+    logits_LM -= slope * jnp.abs(queries_LM - keys_LM).astype(jnp.float32)
+  visible_LM = None
+  if masked:
+    visible_LM = problem.mask.visible(queries_LM, keys_LM) & (keys_LM < problem.n_keys)
+  if problem.has_segments:
+    q_segments_L1 = _column(refs.q_segments_1L[...])
+    k_segments_1M = refs.k_segments_1M[...]
+    same_LM = (q_segments_L1 == k_segments_1M) & (k_segments_1M != 0)
+    visible_LM = same_LM if visible_LM is None else visible_LM & same_LM
+  if visible_LM is not None:
+    logits_LM = jnp.where(visible_LM, logits_LM, HIDDEN)
+  return capped_LM, logits_LM
+
+
+def _on_pair(
+  flags: jax.Array, start: Callable, step: Callable[[bool], None], finish: Callable,
+  *, opens: Any = True, closes: Any = True,
+) -> None:
+  """Runs a grid step: start before a block's first pair, finish after its last."""
+  pl.when((flags & FIRST != 0) & opens)(start)
+  pl.when(flags & MASKED != 0)(functools.partial(step, True))
+  pl.when(flags & MASKED == 0)(functools.partial(step, False))
+  pl.when((flags & LAST != 0) & closes)(finish)
+
+
+def _forward_kernel(
+  problem: Problem, q_block, k_block, flags, slopes_H, q, k, v, q_segments, k_segments,
+  out_LE, lse_1L, top_LN, total_LN, sum_LE,
+) -> None:
+  """Accumulates one pair into the output and the statistics of its queries."""
+  pair, slope = pl.program_id(2), slopes_H[pl.program_id(1)]
+  refs = Refs(q, k, v, q_segments, k_segments)
+
+  def start() -> None:
+    # At least HIDDEN / 2: a query that sees no key has weights 0, not 1.
+    top_LN[...] = jnp.full(top_LN.shape, HIDDEN / 2, jnp.float32)
+    total_LN[...] = jnp.zeros(total_LN.shape, jnp.float32)
+    sum_LE[...] = jnp.zeros(sum_LE.shape, jnp.float32)
+
+  def step(masked: bool) -> None:
+    _, logits_LM = _logits(problem, refs, slope, q_block[pair], k_block[pair], masked)
+    old_L1 = top_LN[:, :1]
+    top_L1 = jnp.maximum(old_L1, jnp.max(logits_LM, axis=1, keepdims=True))
+    weights_LM, fade_L1 = jnp.exp(logits_LM - top_L1), jnp.exp(old_L1 - top_L1)
+    total_L1 = total_LN[:, :1] * fade_L1 + jnp.sum(weights_LM, axis=1, keepdims=True)
+    sum_LE[...] = sum_LE[...] * fade_L1 + _dot(weights_LM.astype(v.dtype), v[...], (1, 0))
+    top_LN[...] = jnp.broadcast_to(top_L1, top_LN.shape)
+    total_LN[...] = jnp.broadcast_to(total_L1, total_LN.shape)
+
+  def finish() -> None:
+    total_L1 = total_LN[:, :1]
+    seen_L1 = total_L1 > 0
+    total_L1 = jnp.where(seen_L1, total_L1, 1.0)
+    out_LE[...] = (sum_LE[...] / total_L1).astype(out_LE.dtype)
+    lse_1L[...] = _row(jnp.where(seen_L1, top_LN[:, :1] + jnp.log(total_L1), HIDDEN))
+
+  _on_pair(flags[pair], start, step, finish)
+
+
+def _weights_and_gradient(
+  problem: Problem, refs: Refs, slope, q_block, k_block, masked: bool, g_LE, lse_1L, inner_1L
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the softmax weights and the gradient of q k^T of a pair of blocks, [L, M]."""
+  capped_LM, logits_LM = _logits(problem, refs, slope, q_block, k_block, masked)
+  weights_LM = jnp.exp(logits_LM - _column(jnp.maximum(lse_1L[...], HIDDEN / 2)))
+  d_weights_LM = _dot(g_LE[...], refs.v_ME[...], (1, 1))
+  d_logits_LM = weights_LM * (d_weights_LM - _column(inner_1L[...])) * problem.scale
+  if problem.softcap:
+    d_logits_LM *= 1 - (capped_LM / problem.softcap) ** 2
+  return weights_LM, d_logits_LM
+
+
+def _queries_kernel(
+  problem: Problem, q_block, k_block, flags, slopes_H, q, k, v, q_segments, k_segments,
+  g, lse, inner, d_q_LE, sum_LE,
+) -> None:
+  """Accumulates one pair into the gradient of its queries."""
+  pair, slope = pl.program_id(2), slopes_H[pl.program_id(1)]
+  refs = Refs(q, k, v, q_segments, k_segments)
+
+  def start() -> None:
+    sum_LE[...] = jnp.zeros(sum_LE.shape, jnp.float32)
+
+  def step(masked: bool) -> None:
+    _, d_logits_LM = _weights_and_gradient(
+      problem, refs, slope, q_block[pair], k_block[pair], masked, g, lse, inner
+    )
+    sum_LE[...] += _dot(d_logits_LM.astype(k.dtype), k[...], (1, 0))
+
+  def finish() -> None:
+    d_q_LE[...] = sum_LE[...].astype(d_q_LE.dtype)
+
+  _on_pair(flags[pair], start, step, finish)
+
+
+def _keys_kernel(
+  problem: Problem, q_block, k_block, flags, slopes_H, q, k, v, q_segments, k_segments,
+  g, lse, inner, d_k_ME, d_v_ME, sum_k_ME, sum_v_ME,
+) -> None:
+  """Accumulates one pair and one query head into the gradients of its keys and values."""
+  pair, refs = pl.program_id(2), Refs(q, k, v, q_segments, k_segments)
+  group, n_groups = pl.program_id(3), pl.num_programs(3)
+  slope = slopes_H[pl.program_id(1) * n_groups + group]
+
+  def start() -> None:
+    sum_k_ME[...] = jnp.zeros(sum_k_ME.shape, jnp.float32)
+    sum_v_ME[...] = jnp.zeros(sum_v_ME.shape, jnp.float32)
+
+  def step(masked: bool) -> None:
+    weights_LM, d_logits_LM = _weights_and_gradient(
+      problem, refs, slope, q_block[pair], k_block[pair], masked, g, lse, inner
+    )
+    sum_v_ME[...] += _dot(weights_LM.astype(g.dtype), g[...], (0, 0))
+    sum_k_ME[...] += _dot(d_logits_LM.astype(q.dtype), q[...], (0, 0))
+
+  def finish() -> None:
+    d_k_ME[...] = sum_k_ME[...].astype(d_k_ME.dtype)
+    d_v_ME[...] = sum_v_ME[...].astype(d_v_ME.dtype)
+
+  _on_pair(
+    flags[pair], start, step, finish, opens=group == 0, closes=group == n_groups - 1
+  )
+
+
+def _call(
+  problem: Problem, kernel: Callable, operands: Operands, extra: tuple[jax.Array, ...],
+  outs: dict[str, Any], *, by_keys: bool, scratch: list,
+) -> Any:
+  """Runs a kernel over all live pairs of every head.
+
+  The grid is (batch, head, pair), or (batch, key head, pair, head of its group) by keys.
+  `outs` says of which kind each result is: 'q', 'row' or 'k', with its dtype.
+  """
+  B, H, L, E = operands.q_BHLE.shape
+  K, M = operands.k_BKME.shape[1:3]
+  G = H // K
+  pairs = live_pairs(
+    problem.mask, problem.n_queries, problem.n_keys, problem.q_block, problem.k_block,
+    by_keys=by_keys,
+  )
+
+  def q_head(h, g):
+    return h * G + g[0] if by_keys else h
+
+  def k_head(h):
+    return h if by_keys else h // G
+
+  def at(block, index):
+    """Returns a block spec; grid indices come first, prefetched scalars last."""
+
+    def index_map(b, h, p, *rest):
+      *group, q_block, k_block, _, _ = rest
+      return index(b, h, group, q_block[p], k_block[p])
+
+    return pl.BlockSpec(block, index_map)
+
+  q_spec = at((None, None, problem.q_block, E), lambda b, h, g, i, j: (b, q_head(h, g), i, 0))
+  k_spec = at((None, None, problem.k_block, E), lambda b, h, g, i, j: (b, k_head(h), j, 0))
+  row_spec = at(
+    (None, None, 1, problem.q_block), lambda b, h, g, i, j: (b, q_head(h, g), 0, i)
+  )
+  q_segments_spec = at((None, 1, problem.q_block), lambda b, h, g, i, j: (b, 0, i))
+  k_segments_spec = at((None, 1, problem.k_block), lambda b, h, g, i, j: (b, 0, j))
+  specs = {'q': q_spec, 'k': k_spec, 'row': row_spec}
+  shapes = {'q': (B, H, L, E), 'k': (B, K, M, E), 'row': (B, H, 1, L)}
+  extra_specs = [row_spec if x.shape[2] == 1 else q_spec for x in extra]
+  n_pairs = len(pairs.q_block)
+  cell = problem.q_block * problem.k_block * E
+  n_dots = 2 + bool(extra) + by_keys
+  size = operands.q_BHLE.dtype.itemsize
+  return pl.pallas_call(
+    functools.partial(kernel, problem),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=4,
+      grid=(B, K, n_pairs, G) if by_keys else (B, H, n_pairs),
+      in_specs=[q_spec, k_spec, k_spec, q_segments_spec, k_segments_spec, *extra_specs],
+      out_specs=[specs[kind] for kind, _ in outs.values()],
+      scratch_shapes=scratch,
+    ),
+    out_shape=[jax.ShapeDtypeStruct(shapes[kind], dtype) for kind, dtype in outs.values()],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary') + ('arbitrary',) * by_keys
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * n_dots * B * H * n_pairs * cell,
+      transcendentals=B * H * n_pairs * problem.q_block * problem.k_block,
+      bytes_accessed=B * H * n_pairs * (problem.q_block + 2 * problem.k_block) * E * size,
+    ),
+    interpret=problem.interpret,
+  )(
+    *(jnp.asarray(x) for x in pairs), operands.slopes_H, operands.q_BHLE, operands.k_BKME,
+    operands.v_BKME, operands.q_segments_B1L, operands.k_segments_B1M, *extra,
+  )
+
+
+def _forward(problem: Problem, operands: Operands):
+  """Returns the output [B, H, L, E], the log-sum-exp [B, H, 1, L] and residuals."""
+  E = operands.q_BHLE.shape[-1]
+  columns = [pltpu.VMEM((problem.q_block, LANES), jnp.float32) for _ in range(2)]
+  out_BHLE, lse_BH1L = _call(
+    problem, _forward_kernel, operands, (),
+    {'out': ('q', operands.q_BHLE.dtype), 'lse': ('row', jnp.float32)}, by_keys=False,
+    scratch=[*columns, pltpu.VMEM((problem.q_block, E), jnp.float32)],
+  )
+  return (out_BHLE, lse_BH1L), (operands, out_BHLE, lse_BH1L)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(problem: Problem, operands: Operands):
+  """Returns the output [B, H, L, E] and the log-sum-exp [B, H, 1, L]."""
+  return _forward(problem, operands)[0]
+
+
+def _backward(problem: Problem, residuals, g):
+  """Returns the gradients of queries, keys and values."""
+  operands, out_BHLE, lse_BH1L = residuals
+  g_BHLE, g_lse_BH1L = g
+  E = out_BHLE.shape[-1]
+  inner_BHL = jnp.sum(out_BHLE.astype(jnp.float32) * g_BHLE.astype(jnp.float32), axis=-1)
+  extra = (g_BHLE, lse_BH1L, inner_BHL[:, :, None] - g_lse_BH1L)
+  (d_q_BHLE,) = _call(
+    problem, _queries_kernel, operands, extra, {'d_q': ('q', operands.q_BHLE.dtype)},
+    by_keys=False, scratch=[pltpu.VMEM((problem.q_block, E), jnp.float32)],
+  )
+  dtype = operands.k_BKME.dtype
+  d_k_BKME, d_v_BKME = _call(
+    problem, _keys_kernel, operands, extra, {'d_k': ('k', dtype), 'd_v': ('k', dtype)},
+    by_keys=True, scratch=[pltpu.VMEM((problem.k_block, E), jnp.float32) for _ in range(2)],
+  )
+  return (Operands(d_q_BHLE, d_k_BKME, d_v_BKME, jnp.zeros_like(operands.slopes_H), None, None),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _padded(x: jax.Array, axis: int, block: int) -> jax.Array:
+  """Returns x with zeros appended so that `axis` is whole blocks."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, -x.shape[axis] % block)
+  return jnp.pad(x, padding)
+
+
+def attention(
+  q_BLHE: jax.Array, k_BMKE: jax.Array, v_BMKE: jax.Array, *, scale: float, mask: Mask = Mask(),
+  segment_ids_BL: Optional[jax.Array] = None, key_segment_ids_BM: Optional[jax.Array] = None,
+  softcap: float = 0.0, alibi_slopes_H: Optional[np.ndarray] = None, q_block: int = BLOCK,
+  k_block: int = BLOCK, interpret: Any = False,
+) -> Attended:
+  """Returns attention by the TPU kernels; see `interface.Attention`.
+
+  Blocks are multiples of 128 rows. `interpret` is that of `pallas_call`.
+  """
+  B, L, H, E = q_BLHE.shape
+  M = k_BMKE.shape[1]
+  q_block, k_block = (min(n, -(-x // LANES) * LANES) for n, x in ((q_block, L), (k_block, M)))
+  has_segments, has_slopes = segment_ids_BL is not None, alibi_slopes_H is not None
+  if not has_segments:
+    segment_ids_BL, key_segment_ids_BM = jnp.ones((B, L), jnp.int32), jnp.ones((B, M), jnp.int32)
+  elif key_segment_ids_BM is None:
+    key_segment_ids_BM = segment_ids_BL
+  slopes_H = np.zeros(H) if alibi_slopes_H is None else alibi_slopes_H
+  problem = Problem(
+    mask, scale, softcap, L, M, q_block, k_block, has_segments, has_slopes, interpret
+  )
+  operands = Operands(
+    _padded(q_BLHE.transpose(0, 2, 1, 3), 2, q_block),
+    *(_padded(x.transpose(0, 2, 1, 3), 2, k_block) for x in (k_BMKE, v_BMKE)),
+    jnp.asarray(slopes_H, jnp.float32), _padded(segment_ids_BL, 1, q_block)[:, None],
+    _padded(key_segment_ids_BM, 1, k_block)[:, None],
+  )
+  out_BHLE, lse_BH1L = _attend(problem, operands)
+  return Attended(out_BHLE[:, :, :L].transpose(0, 2, 1, 3), lse_BH1L[:, :, 0, :L])
