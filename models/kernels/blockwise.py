@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.kernels.interface import HIDDEN, Attended, Mask, softcapped
+from models.kernels.interface import HIDDEN, Attended, Mask, check_operands, softcapped
 from models.products import transposed_product
 
 MAX_GROUPS = 8  # loops in the program; more skip more dead keys of a causal mask
@@ -253,6 +253,9 @@ def attention(
   softcap: float = 0.0, alibi_slopes_H: Optional[np.ndarray] = None, block: int = 128,
 ) -> Attended:
   """Returns attention by blocks of `block` queries; see `interface.Attention`."""
+  check_operands(
+    q_BLHE, k_BMKE, v_BMKE, segment_ids_BL, key_segment_ids_BM, alibi_slopes_H
+  )
   B, L, H, E = q_BLHE.shape
   K = k_BMKE.shape[2]
   block = min(block, L)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from models.kernels.interface import HIDDEN, Attended, Mask, softcapped
+from models.kernels.interface import HIDDEN, Attended, Mask, check_operands, softcapped
 from models.kernels.pairs import FIRST, LAST, MASKED, live_pairs
 
 LANES = 128
@@ -333,6 +333,19 @@ def _padded(x: jax.Array, axis: int, block: int) -> jax.Array:
   return jnp.pad(x, padding)
 
 
+def _check_supported(q_BLHE: jax.Array, q_block: int, k_block: int) -> None:
+  """Raises ValueError for what the kernels lack, with the alternative."""
+  dtype, width = q_BLHE.dtype, q_BLHE.shape[-1]
+  if dtype not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(f'flash_tpu takes float32 or bfloat16, not {dtype}; blockwise takes it')
+  if not 32 <= width <= 256 or width % 8:
+    raise ValueError(
+      f'flash_tpu takes heads of width 32 to 256 in steps of 8, not {width}; blockwise takes it'
+    )
+  if q_block % LANES or k_block % LANES:
+    raise ValueError(f'blocks {q_block} and {k_block} of flash_tpu are not multiples of {LANES}')
+
+
 def attention(
   q_BLHE: jax.Array, k_BMKE: jax.Array, v_BMKE: jax.Array, *, scale: float, mask: Mask = Mask(),
   segment_ids_BL: Optional[jax.Array] = None, key_segment_ids_BM: Optional[jax.Array] = None,
@@ -341,8 +354,13 @@ def attention(
 ) -> Attended:
   """Returns attention by the TPU kernels; see `interface.Attention`.
 
-  Blocks are multiples of 128 rows. `interpret` is that of `pallas_call`.
+  Heads are 32 to 256 wide in steps of 8, blocks multiples of 128 rows; `interpret` is that
+  of `pallas_call`. Raises ValueError for other widths, blocks and dtypes.
   """
+  check_operands(
+    q_BLHE, k_BMKE, v_BMKE, segment_ids_BL, key_segment_ids_BM, alibi_slopes_H
+  )
+  _check_supported(q_BLHE, q_block, k_block)
   B, L, H, E = q_BLHE.shape
   M = k_BMKE.shape[1]
   q_block, k_block = (min(n, -(-x // LANES) * LANES) for n, x in ((q_block, L), (k_block, M)))

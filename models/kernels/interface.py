@@ -87,3 +87,34 @@ class Attention(Protocol):
     key_segment_ids_BM: Optional[jax.Array] = None, softcap: float = 0.0,
     alibi_slopes_H: Optional[np.ndarray] = None,
   ) -> Attended: ...
+
+
+def check_operands(
+  q_BLHE: jax.Array, k_BMKE: jax.Array, v_BMKE: jax.Array,
+  segment_ids_BL: Optional[jax.Array] = None, key_segment_ids_BM: Optional[jax.Array] = None,
+  alibi_slopes_H: Optional[np.ndarray] = None,
+) -> None:
+  """Raises ValueError in one sentence when the operands of an attention do not fit."""
+  (B, L, H, E), (M, K) = q_BLHE.shape, k_BMKE.shape[1:3]
+  if k_BMKE.shape != v_BMKE.shape or (k_BMKE.shape[0], k_BMKE.shape[3]) != (B, E):
+    raise ValueError(
+      f'queries {q_BLHE.shape}, keys {k_BMKE.shape} and values {v_BMKE.shape} do not fit; they '
+      'are [B, L, H, E], [B, M, K, E] and [B, M, K, E]'
+    )
+  if H % K:
+    raise ValueError(f'{H} query heads are not a multiple of {K} key heads')
+  if not q_BLHE.dtype == k_BMKE.dtype == v_BMKE.dtype:
+    raise ValueError(
+      f'queries, keys and values are {q_BLHE.dtype}, {k_BMKE.dtype} and {v_BMKE.dtype}; cast '
+      'them to one dtype'
+    )
+  if segment_ids_BL is None and key_segment_ids_BM is not None:
+    raise ValueError('key segments are given without segments of the queries; give both')
+  keys_BM = segment_ids_BL if key_segment_ids_BM is None else key_segment_ids_BM
+  if segment_ids_BL is not None and (segment_ids_BL.shape, keys_BM.shape) != ((B, L), (B, M)):
+    raise ValueError(
+      f'segments {segment_ids_BL.shape} and key segments {keys_BM.shape} do not fit queries '
+      f'[{B}, {L}] and keys [{B}, {M}]'
+    )
+  if alibi_slopes_H is not None and alibi_slopes_H.shape != (H,):
+    raise ValueError(f'ALiBi slopes {alibi_slopes_H.shape} do not fit {H} query heads')

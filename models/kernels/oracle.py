@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.kernels.interface import HIDDEN, Attended, Mask, softcapped
+from models.kernels.interface import HIDDEN, Attended, Mask, check_operands, softcapped
 
 
 def attention(
@@ -18,6 +18,9 @@ def attention(
 
   With float64 inputs everything is float64.
   """
+  check_operands(
+    q_BLHE, k_BMKE, v_BMKE, segment_ids_BL, key_segment_ids_BM, alibi_slopes_H
+  )
   (B, L, H, E), (M, K) = q_BLHE.shape, k_BMKE.shape[1:3]
   dtype = jnp.promote_types(q_BLHE.dtype, jnp.float32)
   queries_L1, keys_M = np.arange(L)[:, None] + mask.q_offset, np.arange(M)

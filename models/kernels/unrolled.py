@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.kernels.interface import HIDDEN, Attended, Mask, softcapped
+from models.kernels.interface import HIDDEN, Attended, Mask, check_operands, softcapped
 from models.products import transposed_product
 
 
@@ -119,6 +119,9 @@ def attention(
   The blocks are unrolled in the program, so every shape is static. Grouped heads share
   their keys as extra query rows; see `interface.Attention` for the rest.
   """
+  check_operands(
+    q_BLHE, k_BMKE, v_BMKE, segment_ids_BL, key_segment_ids_BM, alibi_slopes_H
+  )
   (B, L, H, E), (M, K) = q_BLHE.shape, k_BMKE.shape[1:3]
   q_BKGLE = q_BLHE.reshape(B, L, K, H // K, E).transpose(0, 2, 3, 1, 4)
   k_BKME, v_BKME = k_BMKE.transpose(0, 2, 1, 3), v_BMKE.transpose(0, 2, 1, 3)

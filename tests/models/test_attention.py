@@ -39,14 +39,14 @@ CASES = {
 }
 # The TPU kernel's blocks have 128 rows, so its cases are longer and fewer.
 LONG = {
-  'causal': Case(L=300, M=300),
+  'causal': Case(L=300, M=300, E=32),
   'window, segments, alibi': Case(
-    L=300, M=300, mask=Mask(window=50), segments=True, alibi=True, B=1
+    L=300, M=300, mask=Mask(window=50), segments=True, alibi=True, B=1, E=32
   ),
   'bidirectional, softcap, one key head': Case(
-    L=200, M=330, mask=Mask(causal=False), K=1, softcap=1.5, B=1
+    L=200, M=330, mask=Mask(causal=False), K=1, softcap=1.5, B=1, E=64
   ),
-  'chunk before all keys': Case(L=300, M=300, mask=Mask(chunk=80, q_offset=-30), softcap=0.7, B=1),
+  'chunk before all keys': Case(L=300, M=300, mask=Mask(chunk=80, q_offset=-30), softcap=0.7, B=1, E=40),
 }
 
 
@@ -170,9 +170,38 @@ def test_the_harness_rejects_broken_kernels():
   assert rejected(errors(nan_for_blind_queries, Case(segments=True))) == ['blind queries']
 
 
+X = np.zeros((2, 8, 4, 32), np.float32)
+
+
+@pytest.mark.parametrize('operands, options, says', [
+  ((X, X[:, :, :2], X), {}, r'values \(2, 8, 4, 32\) do not fit'),
+  ((X, X[:1], X[:1]), {}, 'do not fit; they are'),
+  ((X, X[:, :, :3], X[:, :, :3]), {}, '4 query heads are not a multiple of 3 key heads'),
+  ((X, X, X.astype(np.float16)), {}, 'cast them to one dtype'),
+  ((X, X[:, :5], X[:, :5]), dict(segment_ids_BL=np.ones((2, 8), np.int32)),
+   r'key segments \(2, 8\) do not fit'),
+  ((X, X, X), dict(key_segment_ids_BM=np.ones((2, 8), np.int32)), 'give both'),
+  ((X, X, X), dict(alibi_slopes_H=np.ones(3)), r'slopes \(3,\) do not fit 4 query heads'),
+])
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+def test_operands_that_do_not_fit_are_refused_in_a_sentence(name, operands, options, says):
+  with pytest.raises(ValueError, match=says):
+    IMPLEMENTATIONS[name](*operands, scale=1.0, **options)
+
+
+@pytest.mark.parametrize('x, options, says', [
+  (X.astype(np.float16), {}, 'not float16; blockwise takes it'),
+  (X[..., :16], {}, 'not 16; blockwise takes it'),
+  (X, dict(q_block=96), 'blocks 96 and 512 of flash_tpu are not multiples of 128'),
+])
+def test_what_the_tpu_kernels_lack_is_said_with_the_alternative(x, options, says):
+  with pytest.raises(ValueError, match=says):
+    flash_tpu.attention(x, x, x, scale=1.0, **options)
+
+
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
 def test_large_logits_stay_finite(name):
-  case = Case(scale=1e4)
+  case = Case(scale=1e4, E=32)
   operands = [x.astype(np.float32) for x in case.operands()]
   results = value_and_gradients(IMPLEMENTATIONS[name], operands, **case.options())
   assert all(np.isfinite(x).all() for x in results)

@@ -139,10 +139,20 @@ def test_train_step_measures_side_by_side(tmp_path):
     assert measured['rounds'][0]['seconds'] > 0
 
 
+def test_attention_measures_side_by_side():
+  ended = bench('attention', '--lengths=64', '--heads=2', '--key_heads=1', '--width=8',
+                '--rounds=1', '--seconds=0', '--contenders=unrolled,blockwise,jax')
+  assert ended.returncode == 0, ended.stderr
+  for name in ('unrolled', 'blockwise', 'jax'):
+    assert f'| {name} |' in ended.stdout
+
+
 @pytest.mark.parametrize('module, arguments, says', [
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
-    ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none')])
+    ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
+    ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),
+    ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3')])
 def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
   ended = bench(module, *arguments)
   assert ended.returncode == 2
@@ -150,7 +160,7 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
   assert 'Traceback' not in ended.stderr
 
 
-@pytest.mark.parametrize('module', ['train_step', 'run_cost'])
+@pytest.mark.parametrize('module', ['train_step', 'run_cost', 'attention'])
 def test_help_teaches(module):
   ended = bench(module, '--help')
   assert ended.returncode == 0
