@@ -9,6 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from models.attention import choose_attention
 from models.counting import flops_per_token, parameter_counts
 from parallelism.mesh import make_mesh
 from parallelism.sharding import path_name
@@ -224,7 +225,11 @@ def _describe(run_dir, config, built, manifest) -> None:
   manifest_lib.write(run_dir, manifest)
   print(f'{config.name}: {counts.total:,} parameters, {config.n_steps:,} steps of '
         f'{config.data.batch_size * config.data.sequence_length:,} tokens on mesh '
-        f'{dict(built.mesh.shape)}; writing to {run_dir.path}', flush=True)
+        f'{dict(built.mesh.shape)}; writing to {run_dir.path}')
+  chosen, reason = choose_attention(
+      config.model, built.mesh.devices.flat[0].platform, config.data.sequence_length)
+  used = built.config.model.attention
+  print(f'attention: {used} ({reason if used == chosen else "as at the first start"})', flush=True)
 
 
 def _heldout_loss(eval_step, params, heldout) -> dict[str, float]:
