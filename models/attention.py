@@ -38,10 +38,11 @@ def configured_attention(config: ModelConfig) -> Attention:
       return oracle.attention(q_BLHE, k_BMKE, v_BMKE, **options)
     if name == 'flash_tpu':
       return flash_tpu.attention(q_BLHE, k_BMKE, v_BMKE, **options)
-    block = max(config.attention_block, -(-length // MAX_UNROLLED))
-    if name == 'unrolled':
-      return unrolled.attention(q_BLHE, k_BMKE, v_BMKE, block=block, **options)
-    return blockwise.attention(q_BLHE, k_BMKE, v_BMKE, **options)
+    block = config.attention_block
+    if name == 'blockwise':
+      return blockwise.attention(q_BLHE, k_BMKE, v_BMKE, block=block, **options)
+    block = max(block, -(-length // MAX_UNROLLED))
+    return unrolled.attention(q_BLHE, k_BMKE, v_BMKE, block=block, **options)
 
   return attend
 

@@ -29,7 +29,8 @@ HEADS = flags.DEFINE_integer('heads', 4, 'query heads', lower_bound=1)
 KEY_HEADS = flags.DEFINE_integer('key_heads', 4, 'key heads, dividing the heads', lower_bound=1)
 WIDTH = flags.DEFINE_integer('width', 64, 'width of a head', lower_bound=1)
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'interleaved rounds', lower_bound=1)
-SECONDS = flags.DEFINE_float('seconds', 1.0, 'how long a contender is timed per round', lower_bound=0)
+SECONDS = flags.DEFINE_float(
+    'seconds', 1.0, 'how long a contender is timed per round', lower_bound=0)
 NAMES = flags.DEFINE_list('contenders', ['unrolled', 'blockwise', 'einsum', 'jax', 'torch_sdpa'],
                           'who is measured, by name')
 

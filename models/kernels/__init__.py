@@ -1,1 +1,1 @@
-"""Attention over arrays behind one signature, `interface.Attention`: oracle, XLA and TPU kernels."""
+"""Attention over arrays behind one signature, `interface.Attention`."""

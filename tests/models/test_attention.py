@@ -46,7 +46,9 @@ LONG = {
   'bidirectional, softcap, one key head': Case(
     L=200, M=330, mask=Mask(causal=False), K=1, softcap=1.5, B=1, E=64
   ),
-  'chunk before all keys': Case(L=300, M=300, mask=Mask(chunk=80, q_offset=-30), softcap=0.7, B=1, E=40),
+  'chunk before all keys': Case(
+    L=300, M=300, mask=Mask(chunk=80, q_offset=-30), softcap=0.7, B=1, E=40
+  ),
 }
 
 
