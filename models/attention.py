@@ -21,7 +21,7 @@ def choose_attention(config: ModelConfig, platform: str, length: int) -> tuple[s
   """
   if config.attention != 'auto':
     return config.attention, 'model.attention names it'
-  if platform == 'tpu':
+  if platform == 'tpu' and flash_tpu.takes_width(config.d_head):
     return 'flash_tpu', 'the devices are TPUs'
   if platform == 'cpu' and length <= UNROLLED_LENGTH:
     return 'unrolled', f'rows of at most {UNROLLED_LENGTH} on CPU: the fastest, weights are kept'
@@ -38,10 +38,9 @@ def configured_attention(config: ModelConfig) -> Attention:
       return oracle.attention(q_BLHE, k_BMKE, v_BMKE, **options)
     if name == 'flash_tpu':
       return flash_tpu.attention(q_BLHE, k_BMKE, v_BMKE, **options)
-    block = config.attention_block
     if name == 'blockwise':
-      return blockwise.attention(q_BLHE, k_BMKE, v_BMKE, block=block, **options)
-    block = max(block, -(-length // MAX_UNROLLED))
+      return blockwise.attention(q_BLHE, k_BMKE, v_BMKE, **options)
+    block = max(config.attention_block, -(-length // MAX_UNROLLED))
     return unrolled.attention(q_BLHE, k_BMKE, v_BMKE, block=block, **options)
 
   return attend

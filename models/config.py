@@ -145,9 +145,7 @@ class ModelConfig:
     str, "'unrolled', 'blockwise', 'flash_tpu', 'oracle', or 'auto': by platform and length",
     'placement',
   ] = 'auto'
-  attention_block: A[
-    int, 'query rows per block of unrolled and blockwise attention', 'placement'
-  ] = 64
+  attention_block: A[int, 'least query rows per block of unrolled attention', 'placement'] = 64
 
   def __post_init__(self):
     for field, choices in CHOICES.items():

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from parallelism.sharding import partition_spec
@@ -25,7 +26,7 @@ def over_mesh(mesh: Mesh, attend):
   inputs = tuple(partition_spec(axes) for axes in (QUERY_AXES, KEY_AXES, KEY_AXES))
 
   def sharded(q_BLHE, k_BMKE, v_BMKE, **options: Any):
-    arrays = {name: jax.numpy.asarray(options.pop(name)) for name in names
+    arrays = {name: jnp.asarray(options.pop(name)) for name in names
               if options.get(name) is not None}
     specs = {name: partition_spec(names[name]) for name in arrays}
 

@@ -184,10 +184,12 @@ def _kernel(model: ModelConfig, mesh: Mesh):
 def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Build:
   """Returns the model of `config` laid out on `mesh`.
 
+  A choice that `numerics` lacks, as those of an older run may, is made anew.
+
   Raises:
     ValueError: the mesh does not divide the batch or a parameter axis.
   """
-  count_microbatches(config, mesh)
+  numerics = {**resolve_numerics(config, mesh), **numerics}
   model = dataclasses.replace(config.model, scan_layers=numerics['scan_layers'],
                               attention=numerics['attention'])
   config = dataclasses.replace(config, model=model)

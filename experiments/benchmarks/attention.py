@@ -41,11 +41,12 @@ def _jax_attention(name: str) -> Callable:
   """Returns f(q, k, v) -> output of a JAX contender."""
   import jax
 
-  from models.kernels import blockwise, oracle, unrolled
-  ours = {'unrolled': unrolled.attention, 'blockwise': blockwise.attention,
-          'einsum': oracle.attention}
+  from models.attention import configured_attention
+  from models.config import ModelConfig
+  ours = {'unrolled': 'unrolled', 'blockwise': 'blockwise', 'einsum': 'oracle'}
   if name in ours:
-    return lambda q, k, v: ours[name](q, k, v, scale=q.shape[-1] ** -0.5).out_BLHE
+    attend = configured_attention(ModelConfig(attention=ours[name]))
+    return lambda q, k, v: attend(q, k, v, scale=q.shape[-1] ** -0.5).out_BLHE
   return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 

@@ -31,6 +31,11 @@ class Group:
   key_starts: tuple[int, ...]
   n_keys: int
 
+  @property
+  def blocks(self) -> slice:
+    """Which of all blocks these are."""
+    return slice(self.first_block, self.first_block + len(self.key_starts))
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -113,7 +118,7 @@ def _logits(problem: Problem, rows: Rows, keys: Keys) -> tuple[jax.Array, jax.Ar
 
 
 def _forward_rows(problem: Problem, rows: Rows, keys: Keys) -> tuple[jax.Array, jax.Array]:
-  """Returns the output, float32 [B, K, G, L, E], and log-sum-exp [B, K, G, L] of a block."""
+  """Returns the output [B, K, G, L, E] and log-sum-exp [B, K, G, L] of a block."""
   _, logits_BKRM = _logits(problem, rows, keys)
   # At least HIDDEN / 2: a query that sees no key has weights 0, not 1.
   top_BKR1 = jnp.maximum(jnp.max(logits_BKRM, axis=-1, keepdims=True), HIDDEN / 2)
@@ -179,7 +184,7 @@ def _group_rows(
   problem: Problem, group: Group, q_NBKGLE: jax.Array, segments_NBL: Optional[jax.Array]
 ) -> Rows:
   """Returns the blocks of a group, stacked."""
-  blocks = slice(group.first_block, group.first_block + len(group.key_starts))
+  blocks = group.blocks
   index_N = np.arange(blocks.start, blocks.stop) * problem.block + problem.mask.q_offset
   return Rows(
     q_NBKGLE[blocks], None if segments_NBL is None else segments_NBL[blocks],
@@ -228,10 +233,9 @@ def _backward(problem: Problem, residuals, g):
       )
       return [_added(t, d, rows.key_start) for t, d in zip(totals, d_keys)], d_q
 
-    blocks = slice(group.first_block, group.first_block + len(group.key_starts))
     rows = _group_rows(problem, group, q_NBKGLE, segments_NBL)
     totals, d_q_NBKGLE = jax.lax.scan(
-      step, totals, (rows, jax.tree.map(lambda x: x[blocks], cotangents))
+      step, totals, (rows, jax.tree.map(lambda x: x[group.blocks], cotangents))
     )
     d_q.append(d_q_NBKGLE)
   d_k, d_v = (t.astype(keys.k_BKME.dtype) for t in totals)

@@ -216,13 +216,14 @@ def _keys_kernel(
 
 
 def _call(
-  problem: Problem, kernel: Callable, operands: Operands, extra: tuple[jax.Array, ...],
-  outs: dict[str, Any], *, by_keys: bool, scratch: list,
+  problem: Problem, kernel: Callable, operands: Operands, extra: dict[str, tuple[str, jax.Array]],
+  outs: dict[str, tuple[str, Any]], *, by_keys: bool, scratch: list,
 ) -> Any:
   """Runs a kernel over all live pairs of every head.
 
   The grid is (batch, head, pair), or (batch, key head, pair, head of its group) by keys.
-  `outs` says of which kind each result is: 'q', 'row' or 'k', with its dtype.
+  `extra` gives further operands and `outs` the results' dtypes, each with its kind: 'q', 'row'
+  or 'k'.
   """
   B, H, L, E = operands.q_BHLE.shape
   K, M = operands.k_BKME.shape[1:3]
@@ -256,7 +257,6 @@ def _call(
   k_segments_spec = at((None, 1, problem.k_block), lambda b, h, g, i, j: (b, 0, j))
   specs = {'q': q_spec, 'k': k_spec, 'row': row_spec}
   shapes = {'q': (B, H, L, E), 'k': (B, K, M, E), 'row': (B, H, 1, L)}
-  extra_specs = [row_spec if x.shape[2] == 1 else q_spec for x in extra]
   n_pairs = len(pairs.q_block)
   cell = problem.q_block * problem.k_block * E
   n_dots = 2 + bool(extra) + by_keys
@@ -266,7 +266,8 @@ def _call(
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(B, K, n_pairs, G) if by_keys else (B, H, n_pairs),
-      in_specs=[q_spec, k_spec, k_spec, q_segments_spec, k_segments_spec, *extra_specs],
+      in_specs=[q_spec, k_spec, k_spec, q_segments_spec, k_segments_spec,
+                *(specs[kind] for kind, _ in extra.values())],
       out_specs=[specs[kind] for kind, _ in outs.values()],
       scratch_shapes=scratch,
     ),
@@ -282,7 +283,8 @@ def _call(
     interpret=problem.interpret,
   )(
     *(jnp.asarray(x) for x in pairs), operands.slopes_H, operands.q_BHLE, operands.k_BKME,
-    operands.v_BKME, operands.q_segments_B1L, operands.k_segments_B1M, *extra,
+    operands.v_BKME, operands.q_segments_B1L, operands.k_segments_B1M,
+    *(x for _, x in extra.values()),
   )
 
 
@@ -291,7 +293,7 @@ def _forward(problem: Problem, operands: Operands):
   E = operands.q_BHLE.shape[-1]
   columns = [pltpu.VMEM((problem.q_block, LANES), jnp.float32) for _ in range(2)]
   out_BHLE, lse_BH1L = _call(
-    problem, _forward_kernel, operands, (),
+    problem, _forward_kernel, operands, {},
     {'out': ('q', operands.q_BHLE.dtype), 'lse': ('row', jnp.float32)}, by_keys=False,
     scratch=[*columns, pltpu.VMEM((problem.q_block, E), jnp.float32)],
   )
@@ -310,7 +312,10 @@ def _backward(problem: Problem, residuals, g):
   g_BHLE, g_lse_BH1L = g
   E = out_BHLE.shape[-1]
   inner_BHL = jnp.sum(out_BHLE.astype(jnp.float32) * g_BHLE.astype(jnp.float32), axis=-1)
-  extra = (g_BHLE, lse_BH1L, inner_BHL[:, :, None] - g_lse_BH1L)
+  extra = {
+    'g': ('q', g_BHLE), 'lse': ('row', lse_BH1L),
+    'inner': ('row', inner_BHL[:, :, None] - g_lse_BH1L),
+  }
   (d_q_BHLE,) = _call(
     problem, _queries_kernel, operands, extra, {'d_q': ('q', operands.q_BHLE.dtype)},
     by_keys=False, scratch=[pltpu.VMEM((problem.q_block, E), jnp.float32)],
@@ -333,12 +338,17 @@ def _padded(x: jax.Array, axis: int, block: int) -> jax.Array:
   return jnp.pad(x, padding)
 
 
+def takes_width(width: int) -> bool:
+  """Returns whether the kernels take heads of this width."""
+  return 32 <= width <= 256 and width % 8 == 0
+
+
 def _check_supported(q_BLHE: jax.Array, q_block: int, k_block: int) -> None:
   """Raises ValueError for what the kernels lack, with the alternative."""
   dtype, width = q_BLHE.dtype, q_BLHE.shape[-1]
   if dtype not in (jnp.float32, jnp.bfloat16):
     raise ValueError(f'flash_tpu takes float32 or bfloat16, not {dtype}; blockwise takes it')
-  if not 32 <= width <= 256 or width % 8:
+  if not takes_width(width):
     raise ValueError(
       f'flash_tpu takes heads of width 32 to 256 in steps of 8, not {width}; blockwise takes it'
     )

@@ -130,3 +130,10 @@ def test_batches_that_the_mesh_does_not_divide_are_refused():
   with pytest.raises(ValueError, match=r"its 'kv_heads' axis of 2 is not divided by mesh.tensor=4|"
                      r"its 'heads' axis of 2 is not divided by mesh.tensor=4"):
     build_lib.build(config, mesh, build_lib.resolve_numerics(config, mesh))
+
+
+def test_a_choice_that_older_numerics_lack_is_made_anew():
+  built = build()
+  numerics = build_lib.resolve_numerics(built.config, built.mesh)
+  older = {name: choice for name, choice in numerics.items() if name != 'attention'}
+  assert build_lib.build(built.config, built.mesh, older).config.model.attention == 'unrolled'
