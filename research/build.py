@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from models import transformer
-from models.attention import choose_attention, configured_attention
+from models.attention import choose_attention, configured_attention, hardware
 from models.config import ModelConfig
 from models.kernels.interface import Attended
 from models.stack import scans_layers
@@ -167,15 +167,15 @@ def count_microbatches(config: ExperimentConfig, mesh: Mesh) -> int:
 
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   """Returns the choices that change bits but not meaning, for the manifest and for reuse."""
-  platform = mesh.devices.flat[0].platform
-  attention, _ = choose_attention(config.model, platform, config.data.sequence_length)
+  device = mesh.devices.flat[0]
+  attention, _ = choose_attention(config.model, hardware(device), config.data.sequence_length)
   return {'n_micro': count_microbatches(config, mesh), 'attention': attention,
-          'scan_layers': 'scan' if scans_layers(config.model, platform) else 'unroll'}
+          'scan_layers': 'scan' if scans_layers(config.model, device.platform) else 'unroll'}
 
 
 def _kernel(model: ModelConfig, mesh: Mesh):
   """Returns the model's attention kernel run by shard_map, None for plain XLA attention."""
-  if model.attention != 'flash_tpu' or mesh.size == 1:
+  if not model.attention.startswith('flash_') or mesh.size == 1:
     return None
   attend = over_mesh(mesh, configured_attention(model))
   return lambda *arrays, **options: Attended(*attend(*arrays, **options))
