@@ -140,7 +140,7 @@ def test_train_step_measures_side_by_side(tmp_path):
 
 
 def test_attention_measures_side_by_side():
-  ended = bench('attention', '--lengths=64', '--heads=2', '--key_heads=1', '--width=8',
+  ended = bench('attention', '--lengths=64', '--heads=2', '--key_heads=1', '--widths=8',
                 '--rounds=1', '--seconds=0', '--contenders=unrolled,blockwise,jax')
   assert ended.returncode == 0, ended.stderr
   for name in ('unrolled', 'blockwise', 'jax'):
@@ -151,6 +151,7 @@ def test_attention_measures_side_by_side():
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
     ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
+    ('attention', ['--contenders=cudnn'], '--contenders=cudnn is not one of unrolled, blockwise'),
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),
     ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3')])
 def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
