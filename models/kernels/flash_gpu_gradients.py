@@ -82,7 +82,8 @@ def _queries_kernel(
 def queries_gradient(problem: Problem, operands: Operands, known: Known) -> jax.Array:
   """Returns the gradient of the queries, [B, L, H, E]."""
   E, dtype = operands.q_BLHE.shape[-1], operands.q_BLHE.dtype
-  block, n_slots = plan(E, n_held=2, largest_block=128 if E <= 64 else 64)
+  # The registers hold a block of 128 columns beside narrow heads, not its tanh as well.
+  block, n_slots = plan(E, n_held=2, largest_block=128 if E <= 64 and not problem.softcap else 64)
   tile, blocks = tiles((COMPUTE_GROUPS, ROWS, E), dtype), tiles((n_slots, block, E), dtype)
   vector = plgpu.SMEM((COMPUTE_GROUPS, ROWS), jnp.float32)
   q_segments = problem.segments(plgpu.SMEM((COMPUTE_GROUPS, ROWS), jnp.int32))

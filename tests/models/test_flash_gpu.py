@@ -1,7 +1,11 @@
-"""Hopper's attention kernels: in the interpreter against the oracle, and lowered for an H100."""
+"""Hopper's attention kernels: in the interpreter against the oracle, compiled for an H100."""
 
 import contextlib
 import functools
+import json
+import pathlib
+import subprocess
+import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +22,7 @@ from models.kernels.interface import Mask
 from models.kernels.pairs import live_pairs, live_ranges
 from tests.models.attention_harness import Case, errors, rejected
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Every feature at least once; two tiles of queries or keys, and lengths that end inside a tile.
 CASES = {
   'bidirectional, one key head, soft-cap': Case(
@@ -37,12 +42,12 @@ CASES = {
 
 
 @contextlib.contextmanager
-def interpreter():
-  """Gives attention in the interpreter; fails if it saw a race, and leaves no state behind."""
+def interpreter(races: bool = False):
+  """Gives attention in the interpreter; fails unless it sees `races`, and leaves no state behind."""
   params = InterpretGPUParams(detect_races=True)
   try:
     yield functools.partial(flash_gpu.attention, interpret=params)
-    assert not interpret_pallas_call.get_races().races_found
+    assert interpret_pallas_call.get_races().races_found == races
   finally:
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
@@ -99,6 +104,59 @@ def test_a_gradient_without_the_softcap_is_rejected(monkeypatch):
     case = Case(B=1, L=100, M=100, H=1, K=1, E=64, softcap=1.0)
     measured = errors(attend, case, 'bfloat16')
   assert {'d_q', 'd_k'} == set(rejected(measured, 'bfloat16')), measured
+
+
+def _taken_without_waiting(ring, step):
+  """Returns the blocks of a step, there or not."""
+  return [ref.at[ring._slot(step)] for ref in ring.refs]
+
+
+@pytest.mark.slow
+def test_a_block_that_is_read_before_it_is_copied_is_a_race(monkeypatch):
+  monkeypatch.setattr(hopper.Ring, 'take', _taken_without_waiting)
+  with interpreter(races=True) as attend:
+    errors(attend, Case(B=1, L=100, M=100, H=1, K=1, E=64), 'bfloat16')
+
+
+def _compiled_for_h100(*arguments: str) -> list[dict]:
+  """Returns the records of the benchmark that compiles for an H100."""
+  ended = subprocess.run(
+    [sys.executable, '-m', 'experiments.benchmarks.compile_attention_gpu', '--json', *arguments],
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  )
+  return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_cudas_compiler_takes_every_width_and_feature():
+  records = _compiled_for_h100(
+    '--contenders=flash_gpu', '--lengths=1024', '--widths=32,64,128,256',
+    '--features=,window+segments+softcap+alibi',
+  )
+  for record in records:
+    kernels = record['kernels']
+    gradients = {'flash_kv_gradients'}
+    if record['width'] > 128:
+      gradients = {'flash_k_gradients', 'flash_v_gradients'}
+    assert kernels.keys() == {'flash_forward', 'flash_queries_gradient', *gradients}
+    assert {kernel['architecture'] for kernel in kernels.values()} == {'sm_90a'}
+    if record['width'] <= 128 and not record['features']:
+      # The two sums of the keys' kernel nearly fill the registers; the others have room.
+      assert kernels['flash_forward']['spill_stores'] == 0
+      assert kernels['flash_queries_gradient']['spill_stores'] == 0
+      assert kernels['flash_kv_gradients']['spill_stores'] <= 64
+
+
+@pytest.mark.slow
+def test_memory_on_an_h100_is_linear_in_the_length():
+  lengths = (1024, 8192, 32768, 131072)
+  small, *larger = (record['temporary_bytes'] for record in _compiled_for_h100(
+    '--contenders=flash_gpu', '--widths=128', f'--lengths={",".join(map(str, lengths))}'))
+  for length, size in zip(lengths[1:], larger, strict=True):
+    assert size < 1.2 * small * length / lengths[0]
+  dense = [record['temporary_bytes'] for record in _compiled_for_h100(
+    '--contenders=jax', '--widths=128', '--lengths=1024,4096')]
+  assert dense[1] > 12 * dense[0]
 
 
 def _lowered_for_h100(case: Case, backward: bool = True) -> str:

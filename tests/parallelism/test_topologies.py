@@ -6,10 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from parallelism.mesh import MeshConfig
-from parallelism.topologies import compile_only_devices, compile_only_mesh
+from parallelism.topologies import compile_only_devices, compile_only_gpu, compile_only_mesh
 
 pytest.importorskip('libtpu')  # it exists for Linux on x86-64 only
 
@@ -40,12 +41,28 @@ def test_missing_libtpu_names_the_extra(monkeypatch):
     compile_only_devices('v5e:2x4')
 
 
+def test_missing_cuda_plugin_names_the_extra(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"an H100 takes JAX's CUDA plugin.*install -e '.\[cuda\]'"):
+    compile_only_gpu()
+
+
+def test_a_program_compiles_for_an_h100_that_is_not_there():
+  device = compile_only_gpu()
+  assert (device.platform, device.device_kind) == ('gpu', 'NVIDIA H100 80GB HBM3')
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  x_BD = jax.ShapeDtypeStruct((256, 512), jax.numpy.bfloat16, sharding=sharding)
+  compiled = jax.jit(lambda x_BD: jax.numpy.tanh(x_BD @ x_BD.T)).lower(x_BD).compile()
+  assert compiled.memory_analysis().output_size_in_bytes == 2 * 256 * 256
+
+
 @pytest.mark.parametrize('program', [
-    'from parallelism.topologies import quiet_libtpu; quiet_libtpu(); import jax; jax.devices()',
+    'from parallelism.topologies import quiet_plugins; quiet_plugins(); import jax; jax.devices()',
     'from parallelism.topologies import compile_only_devices as f; f("v5e:2x4")'])
-def test_libtpu_is_silent_where_no_tpu_is(program):
-  tpu = ('JAX_PLATFORMS', 'TPU_SKIP_MDS_QUERY', 'TPU_WORKER_HOSTNAMES', 'TPU_HOST_BOUNDS')
-  env = {name: value for name, value in os.environ.items() if name not in tpu}
+def test_plugins_are_silent_where_no_accelerator_is(program):
+  quieting = ('JAX_PLATFORMS', 'JAX_SKIP_CUDA_CONSTRAINTS_CHECK', 'TPU_SKIP_MDS_QUERY',
+              'TPU_WORKER_HOSTNAMES', 'TPU_HOST_BOUNDS')
+  env = {name: value for name, value in os.environ.items() if name not in quieting}
   done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, env=env, text=True,
                         capture_output=True)
   assert (done.returncode, done.stdout + done.stderr) == (0, '')

@@ -153,7 +153,9 @@ def test_attention_measures_side_by_side():
     ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
     ('attention', ['--contenders=cudnn'], '--contenders=cudnn is not one of unrolled, blockwise'),
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),
-    ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3')])
+    ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3'),
+    ('compile_attention_gpu', ['--contenders=cudnn'], '--contenders=cudnn is not one of flash_gpu'),
+    ('compile_attention_gpu', ['--features=window+mask'], '--features=mask is not one of window')])
 def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
   ended = bench(module, *arguments)
   assert ended.returncode == 2
@@ -161,7 +163,7 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
   assert 'Traceback' not in ended.stderr
 
 
-@pytest.mark.parametrize('module', ['train_step', 'run_cost', 'attention'])
+@pytest.mark.parametrize('module', ['train_step', 'run_cost', 'attention', 'compile_attention_gpu'])
 def test_help_teaches(module):
   ended = bench(module, '--help')
   assert ended.returncode == 0
