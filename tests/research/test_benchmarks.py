@@ -163,12 +163,14 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
   assert 'Traceback' not in ended.stderr
 
 
-@pytest.mark.parametrize('module', ['train_step', 'run_cost', 'attention', 'compile_attention_gpu'])
-def test_help_teaches(module):
+@pytest.mark.parametrize('module, flag', [
+    ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
+    ('compile_attention_gpu', '--features')])
+def test_help_teaches(module, flag):
   ended = bench(module, '--help')
   assert ended.returncode == 0
   assert f'python -m experiments.benchmarks.{module}' in ended.stdout
-  assert '--rounds' in ended.stdout
+  assert flag in ended.stdout
 
 
 def test_only_an_absent_pytorch_is_a_reason_to_skip():
