@@ -49,12 +49,10 @@ def _forward_kernel(
       products_RC = warpgroup.transposed_product(q_RE, k_CE, next_turn)
       columns = axis(problem, j * block, segments_C, COLUMN_VALUES)
       ring_k.release(j - place.low)
-      logits_RC, _ = logits(
-        problem, products_RC, rows, columns, slope, by_keys=False, masked=masked
-      )
-      new_top_R = jnp.maximum(top_R, jnp.max(logits_RC, axis=1))
+      pair = logits(problem, products_RC, rows, columns, slope, by_keys=False, masked=masked)
+      new_top_R = jnp.maximum(top_R, jnp.max(pair.values_RC, axis=1) * pair.factor)
       fade_R = jnp.exp2(top_R - new_top_R)
-      weights_RC = jnp.exp2(logits_RC - warpgroup.spread(new_top_R, logits_RC.shape, ROW_VALUES))
+      weights_RC = pair.exp2(warpgroup.spread(new_top_R, products_RC.shape, ROW_VALUES))
       total_R = total_R * fade_R + jnp.sum(weights_RC, axis=1)
       sum_RE *= warpgroup.spread(fade_R, sum_RE.shape, ROW_VALUES)
       weights_RC = weights_RC.astype(q_RE.dtype)

@@ -55,16 +55,14 @@ def _queries_kernel(
       k_CE, *segments_C = ring_k.take(j - place.low)
       products_RC = warpgroup.transposed_product(q_RE, k_CE)
       columns = axis(problem, j * block, segments_C, COLUMN_VALUES)
-      logits_RC, capped_RC = logits(
-        problem, products_RC, rows, columns, slope, by_keys=False, masked=masked
-      )
-      shape = logits_RC.shape
-      weights_RC = jnp.exp2(logits_RC - warpgroup.spread(lse_R, shape, ROW_VALUES))
+      pair = logits(problem, products_RC, rows, columns, slope, by_keys=False, masked=masked)
+      shape = products_RC.shape
+      weights_RC = pair.exp2(warpgroup.spread(lse_R, shape, ROW_VALUES))
       (v_CE,) = ring_v.take(j - place.low)
       d_weights_RC = warpgroup.transposed_product(g_RE, v_CE)
       ring_v.release(j - place.low)
       inner_RC = warpgroup.spread(inner_R, shape, ROW_VALUES)
-      d_logits_RC = _gradient(weights_RC, d_weights_RC, inner_RC, capped_RC)
+      d_logits_RC = _gradient(weights_RC, d_weights_RC, inner_RC, pair.capped_RC)
       sum_RE = warpgroup.plus_product(sum_RE, d_logits_RC.astype(q_RE.dtype), k_CE)
       ring_k.release(j - place.low)
       return sum_RE
@@ -147,19 +145,17 @@ def _keys_kernel(
         q_CE, lse_C, *segments_C = ring_q.take(first + i)
         products_RC = warpgroup.transposed_product(k_RE, q_CE)
         columns = axis(problem, i * block, segments_C, COLUMN_VALUES)
-        logits_RC, capped_RC = logits(
-          problem, products_RC, rows, columns, slope, by_keys=True, masked=masked
-        )
-        shape = logits_RC.shape
+        pair = logits(problem, products_RC, rows, columns, slope, by_keys=True, masked=masked)
+        shape = products_RC.shape
         lse_RC = warpgroup.spread(warpgroup.load(lse_C, COLUMN_VALUES), shape, COLUMN_VALUES)
-        weights_RC = jnp.exp2(logits_RC - lse_RC)
+        weights_RC = pair.exp2(lse_RC)
         g_CE, inner_C = ring_g.take(first + i)
         factors = {'v': (weights_RC, g_CE)}
         if 'k' in wanted:
           d_weights_RC = warpgroup.transposed_product(v_RE, g_CE)
           inner_C = warpgroup.load(inner_C, COLUMN_VALUES)
           inner_RC = warpgroup.spread(inner_C, shape, COLUMN_VALUES)
-          factors['k'] = (_gradient(weights_RC, d_weights_RC, inner_RC, capped_RC), q_CE)
+          factors['k'] = (_gradient(weights_RC, d_weights_RC, inner_RC, pair.capped_RC), q_CE)
         factors = {x: (a.astype(k_RE.dtype), b) for x, (a, b) in factors.items()}
         sums = {x: warpgroup.plus_product(total, *factors[x]) for x, total in sums.items()}
         ring_g.release(first + i)

@@ -160,35 +160,52 @@ def axis(problem: Problem, start: jax.Array, segment_refs: list, layout: str) ->
   return Axis(start, *(problem.warpgroup.load(x, layout) for x in segment_refs))
 
 
+class Logits(NamedTuple):
+  """Logits of a pair of blocks in base 2 are values * factor; `capped` is the soft-cap's tanh.
+
+  The factor, a positive constant, is left to the exponential, where it costs nothing.
+  """
+
+  values_RC: jax.Array
+  factor: float
+  capped_RC: Optional[jax.Array]
+
+  def exp2(self, minus_RC: jax.Array) -> jax.Array:
+    """Returns the exponentials of the logits less `minus_RC`."""
+    return jnp.exp2(self.values_RC * self.factor - minus_RC)
+
+
 def logits(
   problem: Problem, products_RC: jax.Array, rows: Axis, columns: Axis, slope: jax.Array, *,
   by_keys: bool, masked: bool,
-) -> tuple[jax.Array, Optional[jax.Array]]:
-  """Returns logits in base 2 and, with a soft-cap, the tanh in them, [R, C] each.
+) -> Logits:
+  """Returns the logits of a pair of blocks from its products.
 
   Rows are queries and columns keys, by keys the other way round.
   """
   warpgroup, shape, capped_RC = problem.warpgroup, products_RC.shape, None
+  values_RC, factor = products_RC, problem.scale * LOG2E
   if problem.softcap:
-    capped_RC = jnp.tanh(products_RC * (problem.scale / problem.softcap))
-    logits_RC = capped_RC * (problem.softcap * LOG2E)
-  else:
-    logits_RC = products_RC * (problem.scale * LOG2E)
+    values_RC = capped_RC = jnp.tanh(products_RC * (problem.scale / problem.softcap))
+    factor = problem.softcap * LOG2E
+  elif problem.scale <= 0:
+    values_RC, factor = products_RC * problem.scale, LOG2E
   if not masked and not problem.has_slopes:
-    return logits_RC, capped_RC
+    return Logits(values_RC, factor, capped_RC)
   queries, keys = (columns, rows) if by_keys else (rows, columns)
   queries_RC = warpgroup.iota(shape, int(by_keys)) + (queries.start + problem.mask.q_offset)
   keys_RC = warpgroup.iota(shape, int(not by_keys)) + keys.start
   if problem.has_slopes:
-    logits_RC -= jnp.abs(queries_RC - keys_RC).astype(jnp.float32) * (slope * LOG2E)
+    distance_RC = jnp.abs(queries_RC - keys_RC).astype(jnp.float32)
+    values_RC -= distance_RC * (slope * (LOG2E / factor))
   if masked:
     visible_RC = problem.mask.visible(queries_RC, keys_RC) & (keys_RC < problem.n_keys)
     if rows.segments is not None and columns.segments is not None:
       rows_RC = warpgroup.spread(rows.segments, shape, ROW_VALUES)
       columns_RC = warpgroup.spread(columns.segments, shape, COLUMN_VALUES)
       visible_RC &= (rows_RC == columns_RC) & (columns_RC != 0)
-    logits_RC = jnp.where(visible_RC, logits_RC, HIDDEN)
-  return logits_RC, capped_RC
+    values_RC = jnp.where(visible_RC, values_RC, HIDDEN / factor)
+  return Logits(values_RC, factor, capped_RC)
 
 
 class Plan(NamedTuple):

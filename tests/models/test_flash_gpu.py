@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.attention import hardware
 from models.kernels import flash_gpu, flash_gpu_gradients, flash_gpu_tiles, hopper
 from models.kernels.interface import Mask
 from models.kernels.pairs import live_pairs, live_ranges
@@ -34,7 +35,7 @@ CASES = {
   'chunk before all keys, padded width': Case(
     B=1, L=140, M=140, H=2, K=1, E=40, mask=Mask(chunk=48, q_offset=-30), softcap=0.7
   ),
-  'wide heads': Case(B=1, L=130, M=130, H=2, K=1, E=192, scale=0.07),
+  'wide heads': Case(B=1, L=130, M=130, H=2, K=1, E=192, scale=-0.07),
   'batch and window both ways': Case(
     B=2, L=130, M=100, H=1, K=1, E=128, mask=Mask(causal=False, window=30), segments=True
   ),
@@ -78,6 +79,16 @@ def test_any_shape(lengths, K, width, causal, window, q_offset, segments):
   case = Case(*lengths, B=1, H=2, K=K, E=width, mask=mask, segments=segments)
   with interpreter() as attend:
     measured = errors(attend, case, 'bfloat16')
+  assert not rejected(measured, 'bfloat16'), measured
+
+
+@pytest.mark.parametrize('case', [*CASES, 'long'])
+def test_a_hopper_gpu_equals_the_oracle(case):
+  """Run it where there is one: JAX_PLATFORMS=cuda,cpu python -m pytest -k a_hopper_gpu."""
+  if hardware(jax.devices()[0]) != 'hopper':
+    pytest.skip('no Hopper GPU')
+  long = Case(B=2, L=2100, M=2100, H=8, K=2, E=128, mask=Mask(window=700), segments=True)
+  measured = errors(flash_gpu.attention, CASES.get(case, long), 'bfloat16')
   assert not rejected(measured, 'bfloat16'), measured
 
 
