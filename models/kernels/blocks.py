@@ -3,8 +3,9 @@
 import jax
 
 DEFAULT = (512, 512)
-# (device kind, dtype, head width up to) -> (queries, keys).
-TABLE: dict[tuple[str, str, int], tuple[int, int]] = {}
+# (device kind, dtype, head width up to, tokens from) -> (queries, keys), by
+# experiments/benchmarks/tune_attention.py.
+TABLE: dict[tuple[str, str, int, int], tuple[int, int]] = {}
 
 
 def device_kind() -> str:
@@ -13,7 +14,17 @@ def device_kind() -> str:
   return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def blocks_for(kind: str, dtype: str, width: int) -> tuple[int, int]:
-  """Returns queries and keys of a block for heads of `width`; shorter rows take fewer."""
-  wide_enough = [w for k, d, w in TABLE if (k, d) == (kind, dtype) and w >= width]
-  return TABLE[kind, dtype, min(wide_enough)] if wide_enough else DEFAULT
+def blocks_for(kind: str, dtype: str, width: int, length: int) -> tuple[int, int]:
+  """Returns queries and keys of a block for heads of `width` in rows of `length` tokens.
+
+  They are those of the narrowest entry that is wide enough, the longest of these that is not
+  too long; DEFAULT where there is none.
+  """
+  fitting = [
+    (w, -tokens) for k, d, w, tokens in TABLE
+    if (k, d) == (kind, dtype) and w >= width and tokens <= length
+  ]
+  if not fitting:
+    return DEFAULT
+  w, tokens = min(fitting)
+  return TABLE[kind, dtype, w, -tokens]
