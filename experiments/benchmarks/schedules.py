@@ -18,6 +18,7 @@ from models.kernels.pairs import MASKED, live_pairs
 CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
 BANDWIDTH = {'TPU v4': 1.228e12, 'TPU v5 lite': 0.819e12, 'TPU v5': 2.765e12,
              'TPU v6 lite': 1.64e12}
+BRANCH = 24  # bundles; branches around shorter code are waits for copies
 
 
 class Parts(NamedTuple):
@@ -36,47 +37,54 @@ def write_schedules_to(folder: pathlib.Path) -> None:
       '--xla_jf_dump_llo_text=true', '--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*'])
 
 
-def parts(text: str) -> Parts:
-  """Returns the parts of a kernel's final bundles.
+def parts(text: str, n_steps: int) -> Parts:
+  """Returns the parts of a kernel's final bundles, with so many kinds of steps.
+
+  Branches before its own, around the start of a copy, count as what every step runs.
 
   Raises:
-    ValueError: the text has other branches than a kernel of `flash_tpu`.
+    ValueError: the text has fewer branches than such a kernel.
   """
-  address, opened, spans = 0, {}, []
+  address, last, opened, spans = 0, 0, {}, []
   for line in text.splitlines():
     found = re.match(r'\s*(0x[0-9a-f]+|0)\s', line)
     address = int(found[1], 16) if found else address
+    last = max(last, address)
     for region in re.findall(r'Start/End empty region (\d+)', line):
       if region in opened:
         spans.append((opened[region], address))
     for region in re.findall(r'target = \$region(\d+)', line):
       opened[region] = address
   leaves = sorted((a, b) for a, b in spans if not any(a < c < b for c, _ in spans))
-  sizes = [b - a for a, b in leaves]
-  if len(sizes) not in (3, 4):
-    raise ValueError(f'the schedule of a kernel has {len(sizes)} parts, not 3 or 4: libtpu writes '
-                     'it in another way than version 0.0.52')
-  return Parts(address + 1 - sum(sizes), sizes[0], tuple(sizes[1:-1]), sizes[-1])
+  sizes = [b - a for a, b in leaves if b - a > BRANCH][-n_steps - 2:]
+  if len(sizes) != n_steps + 2:
+    raise ValueError(f'the schedule of a kernel has parts of {sizes} bundles, not {n_steps + 2} '
+                     'parts: libtpu writes it in another way than version 0.0.52')
+  return Parts(last + 1 - sum(sizes), sizes[0], tuple(sizes[1:-1]), sizes[-1])
 
 
-def read_kernels(folder: pathlib.Path) -> dict[str, Parts]:
-  """Returns the parts of every kernel of `flash_tpu` whose schedule is in the folder."""
+def read_kernels(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the schedule of every kernel of `flash_tpu` that is in the folder."""
   kernels = {}
   for path in sorted(folder.iterdir()):
     name = re.search(r'-(flash_tpu_\w+?)\.\d+-\d+-final_bundles\.txt$', path.name)
     if name:
-      kernels[name[1]] = parts(path.read_text(encoding='utf-8', errors='replace'))
+      kernels[name[1]] = path.read_text(encoding='utf-8', errors='replace')
   return kernels
 
 
-def cycles(kernels: dict[str, Parts], mask: Mask, length: int, blocks: tuple[int, int],
+def cycles(kernels: dict[str, str], mask: Mask, length: int, blocks: tuple[int, int],
            heads: int, key_heads: int) -> dict[str, int]:
-  """Returns the bundles that each kernel runs for one row of `length` tokens."""
+  """Returns the bundles that each kernel runs for one row of `length` tokens.
+
+  `kernels` are their schedules by name.
+  """
   result = {}
-  for name, part in kernels.items():
+  for name, text in kernels.items():
     by_keys = name == 'flash_tpu_keys'
     pairs = live_pairs(mask, length, length, *blocks, by_keys=by_keys)
     counts = np.unique(pairs.flags & MASKED != 0, return_counts=True)[1]
+    part = parts(text, len(counts))
     owners = -(-length // blocks[by_keys]) * (key_heads if by_keys else heads)
     steps = sum(n * size for n, size in zip(counts.tolist(), part.steps, strict=True))
     result[name] = (heads * (len(pairs.flags) * part.always + steps)

@@ -79,7 +79,7 @@ def _scheduled(topology: str, blocks: tuple[int, int], width: int, dtype: str,
     path.unlink()
   case = tpu_programs.Case(topology, 'flash_tpu', LENGTH.value, width, dtype, WINDOW.value)
   attend = functools.partial(flash_tpu.attention, q_block=blocks[0], k_block=blocks[1])
-  compiled = tpu_programs.lowered(case, attend).compile()
+  compiled = tpu_programs.lowered(case, attend).compile(tpu_programs.IN_HBM)
   device = compile_only_devices(topology)[0]
   cycles = schedules.cycles(
       schedules.read_kernels(folder), Mask(window=WINDOW.value), LENGTH.value, blocks,

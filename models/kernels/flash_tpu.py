@@ -210,6 +210,15 @@ def _keys_kernel(
   )
 
 
+def _without_segments(kernel: Callable) -> Callable:
+  """Returns a kernel that is given no segments: fewer blocks to keep track of in every step."""
+
+  def call(q_block, k_block, flags, slopes_H, q, k, v, *rest):
+    return kernel(q_block, k_block, flags, slopes_H, q, k, v, None, None, *rest)
+
+  return call
+
+
 def _call(
   problem: Problem, kernel: Callable, operands: Operands, extra: dict[str, tuple[str, jax.Array]],
   outs: dict[str, tuple[str, Any]], *, by_keys: bool, scratch: list, n_dots: int,
@@ -225,13 +234,20 @@ def _call(
   problem, pairs = visited_pairs(problem, by_keys=by_keys)
   n_pairs = len(pairs.flags)
   dtype = operands.q_BHLE.dtype
-  inputs = [('q', dtype), ('k', dtype), ('k', dtype), ('q row', jnp.int32),
-            ('key row', jnp.int32), *((kind, x.dtype) for kind, x in extra.values())]
+  arrays = [('q', operands.q_BHLE), ('k', operands.k_BKME), ('k', operands.v_BKME)]
+  name = 'flash_tpu' + kernel.__name__.removesuffix('_kernel')
+  kernel = functools.partial(kernel, problem)
+  if problem.has_segments:
+    arrays += [('q row', operands.q_segments_B1L), ('key row', operands.k_segments_B1M)]
+  else:
+    kernel = _without_segments(kernel)
+  arrays += extra.values()
+  inputs = [(kind, x.dtype) for kind, x in arrays]
   shapes = {'q': (B, H, L, E), 'k': (B, K, M, E), 'row': (B, H, 1, L)}
   blocks = specs(problem, H, K, E, by_keys=by_keys)
   semantics = ('parallel', 'parallel', 'arbitrary') + ('arbitrary',) * by_keys
   return pl.pallas_call(
-    functools.partial(kernel, problem),
+    kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(B, K, n_pairs, H // K) if by_keys else (B, H, n_pairs),
@@ -244,12 +260,8 @@ def _call(
     cost_estimate=cost(
       problem, operands, pairs, [*inputs, *outs.values()], by_keys=by_keys, n_dots=n_dots
     ),
-    interpret=problem.interpret, name='flash_tpu' + kernel.__name__.removesuffix('_kernel'),
-  )(
-    *(jnp.asarray(x) for x in pairs), operands.slopes_H, operands.q_BHLE, operands.k_BKME,
-    operands.v_BKME, operands.q_segments_B1L, operands.k_segments_B1M,
-    *(x for _, x in extra.values()),
-  )
+    interpret=problem.interpret, name=name,
+  )(*(jnp.asarray(x) for x in pairs), operands.slopes_H, *(x for _, x in arrays))
 
 
 def _forward(problem: Problem, operands: Operands):
@@ -338,14 +350,13 @@ def attention(
   )
   B, L, H, E = q_BLHE.shape
   M = k_BMKE.shape[1]
-  table = blocks_for(device_kind(), q_BLHE.dtype.name, E, max(L, M))
+  reach = min(n for n in (M, mask.window, mask.chunk) if n)
+  table = blocks_for(device_kind(), q_BLHE.dtype.name, E, reach)
   q_block, k_block = q_block or table[0], k_block or table[1]
   _check_supported(q_BLHE, q_block, k_block)
   q_block, k_block = (min(n, -(-x // LANES) * LANES) for n, x in ((q_block, L), (k_block, M)))
   has_segments, has_slopes = segment_ids_BL is not None, alibi_slopes_H is not None
-  if not has_segments:
-    segment_ids_BL, key_segment_ids_BM = jnp.ones((B, L), jnp.int32), jnp.ones((B, M), jnp.int32)
-  elif key_segment_ids_BM is None:
+  if has_segments and key_segment_ids_BM is None:
     key_segment_ids_BM = segment_ids_BL
   slopes_H = np.zeros(H) if alibi_slopes_H is None else alibi_slopes_H
   problem = Problem(
@@ -354,8 +365,9 @@ def attention(
   operands = Operands(
     _padded(q_BLHE.transpose(0, 2, 1, 3), 2, q_block),
     *(_padded(x.transpose(0, 2, 1, 3), 2, k_block) for x in (k_BMKE, v_BMKE)),
-    jnp.asarray(slopes_H, jnp.float32), _padded(segment_ids_BL, 1, q_block)[:, None],
-    _padded(key_segment_ids_BM, 1, k_block)[:, None],
+    jnp.asarray(slopes_H, jnp.float32),
+    _padded(segment_ids_BL, 1, q_block)[:, None] if has_segments else None,
+    _padded(key_segment_ids_BM, 1, k_block)[:, None] if has_segments else None,
   )
   out_BHLE, lse_BH1L = _attend(problem, operands)
   return Attended(out_BHLE[:, :, :L].transpose(0, 2, 1, 3), lse_BH1L[:, :, 0, :L])

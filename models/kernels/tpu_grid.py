@@ -1,7 +1,7 @@
 """Owns the grid of the TPU's attention kernels: the call, the blocks of a step, what it costs."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import jax
 from jax.experimental import pallas as pl
@@ -31,14 +31,14 @@ class Problem:
 
 
 class Operands(NamedTuple):
-  """Arrays of a call, lengths padded to whole blocks."""
+  """Arrays of a call, lengths padded to whole blocks; segments None where there are none."""
 
   q_BHLE: jax.Array
   k_BKME: jax.Array
   v_BKME: jax.Array
   slopes_H: jax.Array
-  q_segments_B1L: jax.Array
-  k_segments_B1M: jax.Array
+  q_segments_B1L: Optional[jax.Array]
+  k_segments_B1M: Optional[jax.Array]
 
 
 def visited_pairs(problem: Problem, *, by_keys: bool) -> tuple[Problem, Pairs]:
