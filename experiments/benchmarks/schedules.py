@@ -21,6 +21,10 @@ BANDWIDTH = {'TPU v4': 1.228e12, 'TPU v5 lite': 0.819e12, 'TPU v5': 2.765e12,
 BRANCH = 24  # bundles; branches around shorter code are waits for copies
 
 
+class UnknownSchedule(ValueError):
+  """A schedule whose parts cannot be told apart."""
+
+
 class Parts(NamedTuple):
   """Bundles of a kernel: what every grid step runs, and what only some do."""
 
@@ -43,7 +47,7 @@ def parts(text: str, n_steps: int) -> Parts:
   Branches before its own, around the start of a copy, count as what every step runs.
 
   Raises:
-    ValueError: the text has fewer branches than such a kernel.
+    UnknownSchedule: it has fewer branches; those around very small blocks disappear.
   """
   address, last, opened, spans = 0, 0, {}, []
   for line in text.splitlines():
@@ -58,8 +62,8 @@ def parts(text: str, n_steps: int) -> Parts:
   leaves = sorted((a, b) for a, b in spans if not any(a < c < b for c, _ in spans))
   sizes = [b - a for a, b in leaves if b - a > BRANCH][-n_steps - 2:]
   if len(sizes) != n_steps + 2:
-    raise ValueError(f'the schedule of a kernel has parts of {sizes} bundles, not {n_steps + 2} '
-                     'parts: libtpu writes it in another way than version 0.0.52')
+    raise UnknownSchedule(f'the schedule of a kernel has parts of {sizes} bundles, not '
+                          f'{n_steps + 2} parts')
   return Parts(last + 1 - sum(sizes), sizes[0], tuple(sizes[1:-1]), sizes[-1])
 
 

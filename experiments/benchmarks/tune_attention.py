@@ -101,15 +101,20 @@ def _rank(kind: str, measure: Callable[[tuple[int, int], int, str], Ranked]) -> 
       for blocks in _candidates():
         try:
           ranked[blocks] = measure(blocks, width, dtype)
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, schedules.UnknownSchedule) as error:
           ranked[blocks] = Ranked(math.inf, ' '.join(str(error).split())[:100])
         print(f'{kind} {dtype} {width} {blocks[0]}x{blocks[1]}: {ranked[blocks].how}', flush=True)
       order = sorted(ranked, key=lambda blocks: ranked[blocks].seconds)
       rows = [[f'{q}x{k}', f'{ranked[q, k].seconds * 1e3:.3f}'] for q, k in order]
       print('\n' + table([f'{kind}, {dtype}, E {width}, L {LENGTH.value:,}', 'ms'], rows) + '\n')
       if math.isfinite(ranked[order[0]].seconds):
-        entries.append(f'  ({kind!r}, {dtype!r}, {width}): {order[0]},')
+        entries.append(f'  ({kind!r}, {dtype!r}, {width}, {_reach()}): {order[0]},')
   return entries
+
+
+def _reach() -> int:
+  """Returns how many keys a query can see at most."""
+  return min(LENGTH.value, WINDOW.value or LENGTH.value)
 
 
 def _candidates() -> list[tuple[int, int]]:
@@ -117,15 +122,22 @@ def _candidates() -> list[tuple[int, int]]:
   result = []
   for text in BLOCKS.value:
     q, _, k = text.partition('x')
-    if not (q.isdigit() and k.isdigit()):
-      raise UserError(f'--blocks={text} is not like 512x1024')
+    if not (q.isdigit() and k.isdigit() and int(q) % 128 == int(k) % 128 == 0):
+      raise UserError(f'--blocks={text} is not two multiples of 128 like 512x1024')
     if max(int(q), int(k)) <= LENGTH.value:
       result.append((int(q), int(k)))
   return result
 
 
 def main() -> None:
-  _candidates()
+  for name, values, known in (
+      ('dtypes', DTYPES.value, tpu_programs.DTYPES),
+      ('widths', WIDTHS.value, [str(n) for n in range(257) if flash_tpu.takes_width(n)])):
+    for value in values:
+      if value not in known:
+        raise UserError(f'--{name}={value} is not one of {", ".join(known)}')
+  if not _candidates():
+    raise UserError(f'--blocks={",".join(BLOCKS.value)}: none fits --length={LENGTH.value}')
   print(machine(), flush=True)
   if jax.default_backend() == 'tpu':
     entries = _rank(jax.devices()[0].device_kind, _timed)
