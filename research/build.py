@@ -65,15 +65,19 @@ class Build:
       return jax.jit(lambda: _fresh_state(self.config, self.optimizer),
                      out_shardings=shardings)()
 
-  def train_step(self):
-    """Returns the jitted step(state, batch) -> (state, metrics); the state is donated."""
+  def jitted_step(self):
+    """Returns the jitted step(state, batch) -> (state, metrics), to be used by `in_mesh`."""
     config = self.config
     step = step_lib.make_train_step(
         config, self.graphdef, self.optimizer, schedule(config.optimizer, config.n_steps),
         self.n_micro)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    return _trimmed(self.in_mesh(jax.jit(step, donate_argnums=0, out_shardings=(
-        shardings, sharding.replicated(self.mesh)))))
+    return jax.jit(step, donate_argnums=0,
+                   out_shardings=(shardings, sharding.replicated(self.mesh)))
+
+  def train_step(self):
+    """Returns the step(state, batch) -> (state, metrics) of a run; the state is donated."""
+    return _trimmed(self.in_mesh(self.jitted_step()))
 
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""

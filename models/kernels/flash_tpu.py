@@ -6,7 +6,6 @@ of keys and values. Statistics of a query are kept as columns repeated over the 
 none has to be spread again, and travel through memory as rows.
 """
 
-import dataclasses
 import functools
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -16,39 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from models.kernels.blocks import blocks_for, device_kind
 from models.kernels.interface import HIDDEN, Attended, Mask, check_operands, softcapped
-from models.kernels.pairs import FIRST, LAST, MASKED, Pairs, live_pairs
+from models.kernels.pairs import FIRST, LAST, MASKED
+from models.kernels.tpu_grid import Operands, Problem, cost, specs, visited_pairs
 
 LANES = 128
-BLOCK = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-  """What is static about a call; lengths are those before padding to whole blocks."""
-
-  mask: Mask
-  scale: float
-  softcap: float
-  n_queries: int
-  n_keys: int
-  q_block: int
-  k_block: int
-  has_segments: bool
-  has_slopes: bool
-  interpret: Any
-  steps: tuple[bool, ...] = (False, True)  # whether pairs are masked: all kinds that occur
-
-
-class Operands(NamedTuple):
-  """Arrays of a call, lengths padded to whole blocks."""
-
-  q_BHLE: jax.Array
-  k_BKME: jax.Array
-  v_BKME: jax.Array
-  slopes_H: jax.Array
-  q_segments_B1L: jax.Array
-  k_segments_B1M: jax.Array
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -238,68 +210,13 @@ def _keys_kernel(
   )
 
 
-def _changes(blocks: np.ndarray) -> int:
-  """Returns how often a block is fetched that stays as long as its index does."""
-  return 1 + int(np.count_nonzero(np.diff(blocks)))
+def _without_segments(kernel: Callable) -> Callable:
+  """Returns a kernel that is given no segments: fewer blocks to keep track of in every step."""
 
+  def call(q_block, k_block, flags, slopes_H, q, k, v, *rest):
+    return kernel(q_block, k_block, flags, slopes_H, q, k, v, None, None, *rest)
 
-def _cost(
-  problem: Problem, operands: Operands, pairs: Pairs, arrays: list[tuple[str, Any]],
-  *, by_keys: bool, n_dots: int,
-) -> pl.CostEstimate:
-  """Returns what a kernel computes and moves, for the compiler's estimates.
-
-  `arrays` are kind and dtype of all that it reads and writes. A block is moved when its index
-  changes from one grid step to the next; that two heads may share a block is left out.
-  """
-  B, H, _, E = operands.q_BHLE.shape
-  K, n_pairs = operands.k_BKME.shape[1], len(pairs.flags)
-  q_fetches, k_fetches = B * H * _changes(pairs.q_block), B * H * _changes(pairs.k_block)
-  if by_keys:
-    k_fetches = B * K * _changes(pairs.k_block)
-    q_fetches = B * H * (n_pairs if H > K else _changes(pairs.q_block))
-  moved = {
-    'q': q_fetches * problem.q_block * E, 'k': k_fetches * problem.k_block * E,
-    'row': q_fetches * problem.q_block, 'q row': q_fetches * problem.q_block,
-    'key row': k_fetches * problem.k_block,
-  }
-  logits = B * H * n_pairs * problem.q_block * problem.k_block
-  return pl.CostEstimate(
-    flops=2 * n_dots * logits * E, transcendentals=logits * (2 if problem.softcap else 1),
-    bytes_accessed=sum(moved[kind] * np.dtype(dtype).itemsize for kind, dtype in arrays),
-  )
-
-
-def _specs(problem: Problem, heads: int, key_heads: int, width: int, *, by_keys: bool) -> dict:
-  """Returns the block spec of every kind of array: 'q', 'k', 'row', 'q row' and 'key row'.
-
-  A 'row' has a number per query and head, a 'q row' per query, a 'key row' per key.
-  """
-  G = heads // key_heads
-
-  def q_head(h, g):
-    return h * G + g[0] if by_keys else h
-
-  def k_head(h):
-    return h if by_keys else jax.lax.div(h, G)
-
-  def at(block, index):
-    """Returns a block spec; grid indices come first, prefetched scalars last."""
-
-    def index_map(b, h, p, *rest):
-      *group, q_block, k_block, _, _ = rest
-      return index(b, h, group, q_block[p], k_block[p])
-
-    return pl.BlockSpec(block, index_map)
-
-  q, k = problem.q_block, problem.k_block
-  return {
-    'q': at((None, None, q, width), lambda b, h, g, i, j: (b, q_head(h, g), i, 0)),
-    'k': at((None, None, k, width), lambda b, h, g, i, j: (b, k_head(h), j, 0)),
-    'row': at((None, None, 1, q), lambda b, h, g, i, j: (b, q_head(h, g), 0, i)),
-    'q row': at((None, 1, q), lambda b, h, g, i, j: (b, 0, i)),
-    'key row': at((None, 1, k), lambda b, h, g, i, j: (b, 0, j)),
-  }
+  return call
 
 
 def _call(
@@ -314,39 +231,37 @@ def _call(
   """
   B, H, L, E = operands.q_BHLE.shape
   K, M = operands.k_BKME.shape[1:3]
-  pairs = live_pairs(
-    problem.mask, problem.n_queries, problem.n_keys, problem.q_block, problem.k_block,
-    by_keys=by_keys,
-  )
+  problem, pairs = visited_pairs(problem, by_keys=by_keys)
   n_pairs = len(pairs.flags)
-  kinds = tuple(np.unique(pairs.flags & MASKED != 0).tolist())
-  problem = dataclasses.replace(problem, steps=kinds)
   dtype = operands.q_BHLE.dtype
-  inputs = [('q', dtype), ('k', dtype), ('k', dtype), ('q row', jnp.int32),
-            ('key row', jnp.int32), *((kind, x.dtype) for kind, x in extra.values())]
+  arrays = [('q', operands.q_BHLE), ('k', operands.k_BKME), ('k', operands.v_BKME)]
+  name = 'flash_tpu' + kernel.__name__.removesuffix('_kernel')
+  kernel = functools.partial(kernel, problem)
+  if problem.has_segments:
+    arrays += [('q row', operands.q_segments_B1L), ('key row', operands.k_segments_B1M)]
+  else:
+    kernel = _without_segments(kernel)
+  arrays += extra.values()
+  inputs = [(kind, x.dtype) for kind, x in arrays]
   shapes = {'q': (B, H, L, E), 'k': (B, K, M, E), 'row': (B, H, 1, L)}
-  specs = _specs(problem, H, K, E, by_keys=by_keys)
+  blocks = specs(problem, H, K, E, by_keys=by_keys)
   semantics = ('parallel', 'parallel', 'arbitrary') + ('arbitrary',) * by_keys
   return pl.pallas_call(
-    functools.partial(kernel, problem),
+    kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(B, K, n_pairs, H // K) if by_keys else (B, H, n_pairs),
-      in_specs=[specs[kind] for kind, _ in inputs],
-      out_specs=[specs[kind] for kind, _ in outs.values()],
+      in_specs=[blocks[kind] for kind, _ in inputs],
+      out_specs=[blocks[kind] for kind, _ in outs.values()],
       scratch_shapes=scratch,
     ),
     out_shape=[jax.ShapeDtypeStruct(shapes[kind], dtype) for kind, dtype in outs.values()],
     compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-    cost_estimate=_cost(
+    cost_estimate=cost(
       problem, operands, pairs, [*inputs, *outs.values()], by_keys=by_keys, n_dots=n_dots
     ),
-    interpret=problem.interpret, name='flash_tpu' + kernel.__name__.removesuffix('_kernel'),
-  )(
-    *(jnp.asarray(x) for x in pairs), operands.slopes_H, operands.q_BHLE, operands.k_BKME,
-    operands.v_BKME, operands.q_segments_B1L, operands.k_segments_B1M,
-    *(x for _, x in extra.values()),
-  )
+    interpret=problem.interpret, name=name,
+  )(*(jnp.asarray(x) for x in pairs), operands.slopes_H, *(x for _, x in arrays))
 
 
 def _forward(problem: Problem, operands: Operands):
@@ -421,25 +336,27 @@ def _check_supported(q_BLHE: jax.Array, q_block: int, k_block: int) -> None:
 def attention(
   q_BLHE: jax.Array, k_BMKE: jax.Array, v_BMKE: jax.Array, *, scale: float, mask: Mask = Mask(),
   segment_ids_BL: Optional[jax.Array] = None, key_segment_ids_BM: Optional[jax.Array] = None,
-  softcap: float = 0.0, alibi_slopes_H: Optional[np.ndarray] = None, q_block: int = BLOCK,
-  k_block: int = BLOCK, interpret: Any = False,
+  softcap: float = 0.0, alibi_slopes_H: Optional[np.ndarray] = None, q_block: int = 0,
+  k_block: int = 0, interpret: Any = False,
 ) -> Attended:
   """Returns attention by the TPU kernels; see `interface.Attention`.
 
-  Heads are 32 to 256 wide in steps of 8, blocks multiples of 128 rows; `interpret` is that
-  of `pallas_call`. Raises ValueError for other widths, blocks and dtypes.
+  Heads are 32 to 256 wide in steps of 8, blocks multiples of 128 rows, those of
+  `blocks.TABLE` where 0; `interpret` is that of `pallas_call`. Raises ValueError for other
+  widths, blocks and dtypes.
   """
   check_operands(
     q_BLHE, k_BMKE, v_BMKE, segment_ids_BL, key_segment_ids_BM, alibi_slopes_H
   )
-  _check_supported(q_BLHE, q_block, k_block)
   B, L, H, E = q_BLHE.shape
   M = k_BMKE.shape[1]
+  reach = min(n for n in (M, mask.window, mask.chunk) if n)
+  table = blocks_for(device_kind(), q_BLHE.dtype.name, E, reach)
+  q_block, k_block = q_block or table[0], k_block or table[1]
+  _check_supported(q_BLHE, q_block, k_block)
   q_block, k_block = (min(n, -(-x // LANES) * LANES) for n, x in ((q_block, L), (k_block, M)))
   has_segments, has_slopes = segment_ids_BL is not None, alibi_slopes_H is not None
-  if not has_segments:
-    segment_ids_BL, key_segment_ids_BM = jnp.ones((B, L), jnp.int32), jnp.ones((B, M), jnp.int32)
-  elif key_segment_ids_BM is None:
+  if has_segments and key_segment_ids_BM is None:
     key_segment_ids_BM = segment_ids_BL
   slopes_H = np.zeros(H) if alibi_slopes_H is None else alibi_slopes_H
   problem = Problem(
@@ -448,8 +365,9 @@ def attention(
   operands = Operands(
     _padded(q_BLHE.transpose(0, 2, 1, 3), 2, q_block),
     *(_padded(x.transpose(0, 2, 1, 3), 2, k_block) for x in (k_BMKE, v_BMKE)),
-    jnp.asarray(slopes_H, jnp.float32), _padded(segment_ids_BL, 1, q_block)[:, None],
-    _padded(key_segment_ids_BM, 1, k_block)[:, None],
+    jnp.asarray(slopes_H, jnp.float32),
+    _padded(segment_ids_BL, 1, q_block)[:, None] if has_segments else None,
+    _padded(key_segment_ids_BM, 1, k_block)[:, None] if has_segments else None,
   )
   out_BHLE, lse_BH1L = _attend(problem, operands)
   return Attended(out_BHLE[:, :, :L].transpose(0, 2, 1, 3), lse_BH1L[:, :, 0, :L])

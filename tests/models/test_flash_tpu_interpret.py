@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from models.kernels import flash_tpu
+from models.kernels import flash_tpu, tpu_grid
 from models.kernels.interface import Mask
 from models.kernels.pairs import live_pairs
 from tests.models.attention_harness import Case, errors, rejected
@@ -90,9 +90,9 @@ def test_a_block_accumulated_by_two_cores_is_a_race(block, mode, races, monkeypa
 def test_sums_that_are_never_started_are_seen(monkeypatch):
   on_pair = flash_tpu._on_pair
 
-  def without_start(flags, start, step, finish, **options):
+  def without_start(problem, flags, start, step, finish, **options):
     del start
-    on_pair(flags, lambda: None, step, finish, **options)
+    on_pair(problem, flags, lambda: None, step, finish, **options)
 
   monkeypatch.setattr(flash_tpu, '_on_pair', without_start)
   assert rejected(errors(_attend('eager'), SMALL)) == ['out', 'lse', 'd_q', 'd_k', 'd_v']
@@ -104,7 +104,7 @@ def test_a_block_past_the_end_of_the_keys_is_seen(monkeypatch):
     pairs = live_pairs(*args, **options)
     return pairs._replace(k_block=(pairs.k_block + 1).astype(np.int32))
 
-  monkeypatch.setattr(flash_tpu, 'live_pairs', one_too_far)
+  monkeypatch.setattr(tpu_grid, 'live_pairs', one_too_far)
   with pytest.raises(Exception, match='(?i)out-of-bounds'):
     errors(_attend('eager'), SMALL)
   interpret_pallas_call.reset_tpu_interpret_mode_state()
