@@ -72,6 +72,11 @@ def _last(x_BLD: jax.Array, lengths_B: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x_BLD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
 
+def _logits(model: Transformer, hidden_BD: jax.Array) -> jax.Array:
+  """Returns the logits [B, V] of one token per row."""
+  return model.logits(hidden_BD[:, None])[:, 0]
+
+
 def _filled(
   model: Transformer, prompts: Prompts, capacity: int
 ) -> tuple[jax.Array, ContiguousCache]:
@@ -83,7 +88,7 @@ def _filled(
     model.seams.constrain(jnp.pad(x.transpose(0, 1, 3, 2, 4), room), CACHE_AXES) for x in kv
   )
   cache = ContiguousCache(*arrays, jnp.asarray(prompts.lengths_B, jnp.int32))
-  return model.logits(_last(hidden_BLD, prompts.lengths_B)), cache
+  return _logits(model, _last(hidden_BLD, prompts.lengths_B)), cache
 
 
 def appended(cache: ContiguousCache, kv: KV) -> ContiguousCache:
@@ -103,7 +108,7 @@ def _stepped(
 ) -> tuple[jax.Array, ContiguousCache]:
   """Returns the logits [B, V] after one more token per row, and the cache with it."""
   hidden_BD, kv = model.step(tokens_B, cache)
-  return model.logits(hidden_BD), appended(cache, kv)
+  return _logits(model, hidden_BD), appended(cache, kv)
 
 
 def _check_room(config: ModelConfig, prompts: Prompts, n_tokens: int) -> None:

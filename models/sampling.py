@@ -14,12 +14,15 @@ class Sampling:
   temperature: A[float, 'divides logits; 0 takes the likeliest token'] = 1.0
   top_k: A[int, 'tokens kept, the likeliest ones; 0 keeps all'] = 0
   top_p: A[float, 'keeps the fewest likeliest tokens whose probability reaches this'] = 1.0
+  n_tokens: A[int, 'tokens from this id on are never drawn; 0 allows all'] = 0
 
   def __post_init__(self):
     if not 0 <= self.temperature < float('inf'):
       raise ValueError(f'temperature={self.temperature} must be 0 (greedy) or above')
     if self.top_k < 0:
       raise ValueError(f'top_k={self.top_k} must be 0 (keep all) or above')
+    if self.n_tokens < 0:
+      raise ValueError(f'n_tokens={self.n_tokens} must be 0 (allow all) or above')
     if not 0 < self.top_p <= 1:
       raise ValueError(f'top_p={self.top_p} must be above 0 and at most 1 (keep all)')
 
@@ -58,6 +61,7 @@ def row_keys(seed: int | jax.Array, rows_B: jax.Array, positions_B: jax.Array) -
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
   """Returns one token per row, int32 [B]; the keys don't matter at temperature 0."""
+  logits_BV = logits_BV[:, : sampling.n_tokens or None]
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BR, tokens_BR = kept_logits(logits_BV, sampling)

@@ -82,10 +82,10 @@ class Build:
 
   def in_mesh(self, function):
     """Returns the function run under this mesh and the configured matmul precision."""
-    def call(*arguments):
+    def call(*arguments, **options):
       with jax.set_mesh(self.mesh), jax.default_matmul_precision(
           self.config.compute.matmul_precision):
-        return function(*arguments)
+        return function(*arguments, **options)
     return call
 
   def place_params(self, values: Any) -> Any:

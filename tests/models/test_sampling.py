@@ -104,6 +104,12 @@ def test_hidden_logits_are_never_drawn():
   assert 3 not in np.asarray(draws(logits_V, Sampling(top_p=0.99), 2000))
 
 
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_tokens_beyond_the_vocabulary_are_never_drawn(temperature):
+  sampling = Sampling(temperature, n_tokens=5)
+  assert np.asarray(draws(np.arange(8.0, dtype=np.float32), sampling, 2000)).max() == 4
+
+
 def test_a_draw_depends_on_seed_row_and_position_alone():
   logits_BV = jnp.zeros((3, 10_000))
 
@@ -123,6 +129,7 @@ def test_a_draw_depends_on_seed_row_and_position_alone():
   (dict(temperature=-1.0), 'temperature=-1.0 must be 0'),
   (dict(temperature=float('nan')), 'temperature=nan'),
   (dict(top_k=-1), 'top_k=-1 must be 0'),
+  (dict(n_tokens=-1), 'n_tokens=-1 must be 0'),
   (dict(top_p=0.0), 'top_p=0.0 must be above 0'),
   (dict(top_p=1.1), 'top_p=1.1 must be above 0 and at most 1'),
 ])
