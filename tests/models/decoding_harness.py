@@ -140,3 +140,10 @@ CASES = {
 def in_pages(case: Case, page: int = PAGE) -> Case:
   """Returns the case with its keys in pages."""
   return dataclasses.replace(case, page=page)
+
+
+# Rows of several blocks of 32 keys: windows that begin inside a block, blocks that are all dead.
+LONG = {
+  'long': Case((150, 97, 0, 33), M=150),
+  'long, window': Case((150, 97, 0, 33), M=150, window=40, alibi=True, ahead=1, softcap=1.0),
+}
