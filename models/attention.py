@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig
-from models.kernels import blockwise, decode_xla, flash_tpu, oracle, unrolled
+from models.kernels import (
+  blockwise, decode_gpu, decode_tpu, decode_xla, flash_tpu, oracle, unrolled,
+)
 from models.kernels.decoding import Cache, DecodeAttention, merged
 from models.kernels.interface import HIDDEN, Attended, Attention, Mask, softcapped
 
@@ -47,10 +49,24 @@ def configured_attention(config: ModelConfig) -> Attention:
   return attend
 
 
+DECODE_KERNELS = {'tpu': decode_tpu, 'gpu': decode_gpu}  # by platform
+
+
+def choose_decode_attention(config: ModelConfig, platform: str) -> tuple[str, str]:
+  """Returns the name of the attention of single tokens over a cache on a platform, and why."""
+  kernels = DECODE_KERNELS.get(platform)
+  if kernels is None:
+    return 'decode_xla', f'plain XLA, there is no kernel for {platform}'
+  if not kernels.takes_width(config.d_head):
+    return 'decode_xla', f'plain XLA, the kernels take no heads of width {config.d_head}'
+  return f'decode_{platform}', f'the devices are {platform.upper()}s'
+
+
 def configured_decode_attention(config: ModelConfig) -> DecodeAttention:
-  """Returns the attention of single tokens over a cache for the platform."""
-  del config
-  return decode_xla.attention
+  """Returns the attention of single tokens over a cache for the platform that computes."""
+  platform = jax.default_backend()
+  name, _ = choose_decode_attention(config, platform)
+  return decode_xla.attention if name == 'decode_xla' else DECODE_KERNELS[platform].attention
 
 
 def cached_attention(

@@ -41,7 +41,7 @@ def attention(
   logits_BKGM = softcapped(logits_BKGM * scale, softcap)
   keys_M, lengths_B = np.arange(M), cache.lengths_B
   if alibi_slopes_H is not None:
-    slopes_KG1 = np.asarray(alibi_slopes_H, np.float32).reshape(K, H // K, 1)
+    slopes_KG1 = jnp.asarray(alibi_slopes_H, jnp.float32).reshape(K, H // K, 1)
     distance_BM = lengths_B[:, None] - 1 + ahead - keys_M
     logits_BKGM -= slopes_KG1 * distance_BM[:, None, None].astype(jnp.float32)
   first_B, stop_B = visible_range(lengths_B, window, ahead)
