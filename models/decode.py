@@ -93,13 +93,13 @@ def _filled(
 
 def appended(cache: ContiguousCache, kv: KV) -> ContiguousCache:
   """Returns the cache with one more token in every row, from its KV [N, B, 1, K, E]."""
-  rows_B = jnp.arange(len(cache.lengths_B))
 
-  def write(x_NBKME: jax.Array, new_NB1KE: jax.Array) -> jax.Array:
-    new_BNKE = new_NB1KE[:, :, 0].transpose(1, 0, 2, 3)
-    return x_NBKME.at[:, rows_B, :, cache.lengths_B].set(new_BNKE)
+  # Of several spellings the one that the TPU compiler keeps in place and in the kernels' layout.
+  @functools.partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)
+  def write(x_NKME: jax.Array, new_N1KE: jax.Array, length: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(x_NKME, new_N1KE.swapaxes(1, 2), (0, 0, length, 0))
 
-  k_NBKME, v_NBKME = write(cache.k_NBKME, kv.k_NBLKE), write(cache.v_NBKME, kv.v_NBLKE)
+  k_NBKME, v_NBKME = (write(x, new, cache.lengths_B) for x, new in zip(cache[:2], kv))
   return ContiguousCache(k_NBKME, v_NBKME, cache.lengths_B + 1)
 
 
