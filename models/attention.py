@@ -10,7 +10,7 @@ from models.config import ModelConfig
 from models.kernels import (
   blockwise, decode_gpu, decode_tpu, decode_xla, flash_tpu, oracle, unrolled,
 )
-from models.kernels.decoding import Cache, DecodeAttention, merged
+from models.kernels.decoding import Cache, DecodeAttention, merged, of_layer
 from models.kernels.interface import HIDDEN, Attended, Attention, Mask, softcapped
 
 UNROLLED_LENGTH = 512  # at 1,024 blockwise is ahead (NOTEBOOK.md)
@@ -81,7 +81,7 @@ def cached_attention(
   """
   (B, _, H, E), K = q_B1HE.shape, k_B1KE.shape[2]
   far = attend(
-    q_B1HE[:, 0], cache, layer, scale=scale, window=window, softcap=softcap,
+    q_B1HE[:, 0], *of_layer(cache, layer), scale=scale, window=window, softcap=softcap,
     alibi_slopes_H=alibi_slopes_H, ahead=1,
   )
   q_BKGE = q_B1HE.reshape(B, K, H // K, E)

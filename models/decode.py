@@ -18,6 +18,7 @@ from models import axes, transformer
 from models.config import ModelConfig
 from models.kernels.decoding import ContiguousCache
 from models.sampling import Sampling, row_keys, sample
+from models.stack import scans_layers
 from models.transformer import KV, Transformer
 
 CACHE_AXES = (axes.LAYERS, axes.BATCH, axes.KV_HEADS_ACT, None, None)
@@ -81,26 +82,36 @@ def _filled(
   model: Transformer, prompts: Prompts, capacity: int
 ) -> tuple[jax.Array, ContiguousCache]:
   """Returns the logits [B, V] after each prompt and the cache that holds the prompts."""
-  L = min(prompts.tokens_BL.shape[1], capacity, model.config.context_length)
+  config = model.config
+  L = min(prompts.tokens_BL.shape[1], capacity, config.context_length)
   hidden_BLD, kv = model.read(prompts.tokens_BL[:, :L], prompts.lengths_B)
   room = ((0, 0), (0, 0), (0, 0), (0, capacity - L), (0, 0))
-  arrays = (
-    model.seams.constrain(jnp.pad(x.transpose(0, 1, 3, 2, 4), room), CACHE_AXES) for x in kv
-  )
+
+  def roomy(x_NBLKE: jax.Array) -> jax.Array:
+    return model.seams.constrain(jnp.pad(x_NBLKE.transpose(0, 1, 3, 2, 4), room), CACHE_AXES)
+
+  if scans_layers(config, jax.default_backend()):
+    arrays = [roomy(x_NBLKE) for x_NBLKE in kv]
+  else:
+    arrays = [tuple(roomy(x[i : i + 1]) for i in range(config.n_layers)) for x in kv]
   cache = ContiguousCache(*arrays, jnp.asarray(prompts.lengths_B, jnp.int32))
   return _logits(model, _last(hidden_BLD, prompts.lengths_B)), cache
 
 
-def appended(cache: ContiguousCache, kv: KV) -> ContiguousCache:
-  """Returns the cache with one more token in every row, from its KV [N, B, 1, K, E]."""
+def appended(cache: ContiguousCache, kv: KV, places_B: jax.Array) -> ContiguousCache:
+  """Returns the cache with one more token per row, of KV [N, B, 1, K, E], at these places."""
 
   # Of several spellings the one that the TPU compiler keeps in place and in the kernels' layout.
   @functools.partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)
   def write(x_NKME: jax.Array, new_N1KE: jax.Array, length: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(x_NKME, new_N1KE.swapaxes(1, 2), (0, 0, length, 0))
 
-  k_NBKME, v_NBKME = (write(x, new, cache.lengths_B) for x, new in zip(cache[:2], kv))
-  return ContiguousCache(k_NBKME, v_NBKME, cache.lengths_B + 1)
+  def written(x, new_NB1KE: jax.Array):
+    if isinstance(x, tuple):
+      return tuple(write(x_1BKME, new_NB1KE[i : i + 1], places_B) for i, x_1BKME in enumerate(x))
+    return write(x, new_NB1KE, places_B)
+
+  return ContiguousCache(*map(written, cache[:2], kv), places_B + 1)
 
 
 def _stepped(
@@ -108,7 +119,10 @@ def _stepped(
 ) -> tuple[jax.Array, ContiguousCache]:
   """Returns the logits [B, V] after one more token per row, and the cache with it."""
   hidden_BD, kv = model.step(tokens_B, cache)
-  return _logits(model, hidden_BD), appended(cache, kv)
+  # Zeros that wait for the last layer: when the cache is written nobody reads the old one any
+  # more, and XLA on CPUs, which looks at dependencies only, needs no copy of it.
+  zero_B = (hidden_BD[:, 0] > jnp.inf).astype(jnp.int32)
+  return _logits(model, hidden_BD), appended(cache, kv, cache.lengths_B + zero_B)
 
 
 def _check_room(config: ModelConfig, prompts: Prompts, n_tokens: int) -> None:

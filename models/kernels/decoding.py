@@ -18,7 +18,10 @@ PAGE = 16  # tokens: one tile of bfloat16 on a TPU, the least that a GPU's matri
 
 
 class ContiguousCache(NamedTuple):
-  """Keys and values of rows with `lengths_B` (int32) tokens so far, room for M in each."""
+  """Keys and values of rows with `lengths_B` (int32) tokens so far, room for M in each.
+
+  A model may keep a tuple of [1, B, K, M, E] in place of the stack; see `of_layer`.
+  """
 
   k_NBKME: jax.Array
   v_NBKME: jax.Array
@@ -39,6 +42,18 @@ class PagedCache(NamedTuple):
 
 
 Cache = ContiguousCache | PagedCache
+
+
+def of_layer(cache: Cache, layer: int | jax.Array) -> tuple[Cache, int | jax.Array]:
+  """Returns the stacked cache that holds a layer and the layer's index in it.
+
+  Where a model's layers are unrolled each may have arrays of its own: XLA on CPUs copies a
+  layer that it reads out of a stack.
+  """
+  keys, values, *rest = cache
+  if isinstance(keys, tuple):
+    return type(cache)(keys[layer], values[layer], *rest), 0
+  return cache, layer
 
 
 class Decoded(NamedTuple):

@@ -11,7 +11,7 @@ from models import transformer
 from models.decode import Prompts, generate, make_prompts, prefill, step
 from models.sampling import Sampling
 from tests.models import witness
-from tests.models.variants import TINY, VARIANTS
+from tests.models.variants import TINY, VARIANTS, tiny
 
 LENGTHS = (1, 9, 4)
 STEPS = 8
@@ -55,9 +55,12 @@ def relative(a, b):
   return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+MODELS = {**VARIANTS, 'unrolled': tiny(scan_layers='unroll', layer_pattern=('sliding', 'full'))}
+
+
+@pytest.mark.parametrize('name', MODELS)
 def test_prefill_and_steps_equal_the_whole_model_at_every_position(name):
-  graphdef, params = model_of(VARIANTS[name])
+  graphdef, params = model_of(MODELS[name])
   rows_BL = some_rows()
   whole_BLV = np.asarray(forward(graphdef)(params, rows_BL))
   prompts = make_prompts([row[:n] for row, n in zip(rows_BL, LENGTHS)])
@@ -89,9 +92,9 @@ def texts(generated):
   return [list(map(int, row[:n])) for row, n in zip(generated.tokens_BT, generated.lengths_B)]
 
 
-@pytest.mark.parametrize('name', ['llama', 'olmo3', 'bloom', 'mixtral'])
+@pytest.mark.parametrize('name', ['unrolled', 'olmo3', 'bloom', 'mixtral'])
 def test_greedy_generation_equals_recomputation(name):
-  graphdef, params = model_of(VARIANTS[name])
+  graphdef, params = model_of(MODELS[name])
   prompts = [list(row[:n]) for row, n in zip(some_rows(), LENGTHS)]
   expected = [recomputed(graphdef, params, prompt, STEPS) for prompt in prompts]
   got = generate(graphdef, params, make_prompts(prompts), max_tokens=STEPS,
@@ -150,7 +153,16 @@ def test_steps_are_in_the_caches_own_memory():
   graphdef, params = model_of(TINY)
   _, cache = prefill(graphdef, params, make_prompts([[1, 2]]), capacity=8)
   step(graphdef, params, np.array([3]), cache)
-  assert cache.k_NBKME.is_deleted() and cache.v_NBKME.is_deleted()
+  assert all(x.is_deleted() for x in jax.tree.leaves(cache))
+
+
+def test_a_step_copies_nothing_of_the_cache():
+  config = tiny(scan_layers='unroll', context_length=8192)
+  graphdef, params = model_of(config)
+  _, cache = prefill(graphdef, params, make_prompts([[1, 2], [3]]), capacity=8192)
+  compiled = step.lower(graphdef, params, np.array([3, 4]), cache).compile()
+  one_layers_keys = cache.k_NBKME[0].nbytes
+  assert compiled.memory_analysis().temp_size_in_bytes < one_layers_keys
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence():
