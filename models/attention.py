@@ -1,4 +1,4 @@
-"""Owns which attention a model runs, and attention over a prefix that rows share."""
+"""Owns which attention a model runs, and attention over a shared prefix or a cache."""
 
 from typing import Optional
 
@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig
-from models.kernels import blockwise, flash_gpu, flash_tpu, oracle, unrolled
+from models.kernels import (
+  blockwise, decode_gpu, decode_tpu, decode_xla, flash_gpu, flash_tpu, oracle, unrolled,
+)
+from models.kernels.decoding import Cache, DecodeAttention, merged, of_layer
 from models.kernels.interface import HIDDEN, Attended, Attention, Mask, softcapped
 
 UNROLLED_LENGTH = 512  # at 1,024 blockwise is ahead (NOTEBOOK.md)
@@ -56,6 +59,49 @@ def configured_attention(config: ModelConfig) -> Attention:
     return kernels[name](q_BLHE, k_BMKE, v_BMKE, **options)
 
   return attend
+
+
+DECODE_KERNELS = {'tpu': decode_tpu, 'gpu': decode_gpu}  # by platform
+
+
+def choose_decode_attention(config: ModelConfig, platform: str) -> tuple[str, str]:
+  """Returns the name of the attention of single tokens over a cache on a platform, and why."""
+  kernels = DECODE_KERNELS.get(platform)
+  if kernels is None:
+    return 'decode_xla', f'plain XLA, there is no kernel for {platform}'
+  if not kernels.takes_width(config.d_head):
+    return 'decode_xla', f'plain XLA, the kernels take no heads of width {config.d_head}'
+  return f'decode_{platform}', f'the devices are {platform.upper()}s'
+
+
+def configured_decode_attention(config: ModelConfig) -> DecodeAttention:
+  """Returns the attention of single tokens over a cache for the platform that computes."""
+  platform = jax.default_backend()
+  name, _ = choose_decode_attention(config, platform)
+  return decode_xla.attention if name == 'decode_xla' else DECODE_KERNELS[platform].attention
+
+
+def cached_attention(
+  attend: DecodeAttention, q_B1HE: jax.Array, k_B1KE: jax.Array, v_B1KE: jax.Array, cache: Cache,
+  layer: int | jax.Array, *, scale: float, window: int = 0, softcap: float = 0.0,
+  alibi_slopes_H: Optional[np.ndarray] = None,
+) -> jax.Array:
+  """Returns attention of the token after each row of a cache, [B, 1, H, E].
+
+  It sees the cache, which `attend` reads, and itself. Its own key joins by log-sum-exp, so
+  the cache stays as it is and all layers' keys can be written at once.
+  """
+  (B, _, H, E), K = q_B1HE.shape, k_B1KE.shape[2]
+  far = attend(
+    q_B1HE[:, 0], *of_layer(cache, layer), scale=scale, window=window, softcap=softcap,
+    alibi_slopes_H=alibi_slopes_H, ahead=1,
+  )
+  q_BKGE = q_B1HE.reshape(B, K, H // K, E)
+  own = jnp.einsum('bkge,bke->bkg', q_BKGE, k_B1KE[:, 0], preferred_element_type=jnp.float32)
+  own_BH = softcapped(own.reshape(B, H) * scale, softcap)
+  v_BHE = jnp.broadcast_to(v_B1KE.reshape(B, K, 1, E), q_BKGE.shape).reshape(B, H, E)
+  out_BHE, _ = merged(jnp.stack([far.out_BHE, v_BHE]), jnp.stack([far.lse_BH, own_BH]))
+  return out_BHE[:, None].astype(q_B1HE.dtype)
 
 
 def _prefix_visible(

@@ -9,7 +9,7 @@ Layers are stacked on a leading axis. Training works on the plain dict of `init`
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 from flax import nnx
 import jax
@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import axes
-from models.attention import configured_attention, prefix_attention
+from models.attention import (
+  cached_attention, configured_attention, configured_decode_attention, prefix_attention,
+)
 from models.config import ModelConfig
+from models.kernels.decoding import Cache, DecodeAttention
 from models.kernels.interface import Attention, Mask, softcapped
 from models.layers import MLP, AttentionProjections, Constrain, Embedding, model_norm
 from models.moe import AuxLosses, ExpertDispatch, MoE, ragged_dispatch
@@ -39,35 +42,50 @@ class Seams:
   """Callables that placement may replace; the defaults compute on one device.
 
   constrain(x, logical_names) -> x; attend: see `kernels.interface.Attention`, None means
-  the one that the config names; run_layers: see `stack.RunLayers`; expert_dispatch: see
+  the one that the config names; attend_cached: see `kernels.decoding.DecodeAttention`, None
+  means the one for the platform; run_layers: see `stack.RunLayers`; expert_dispatch: see
   `moe.ExpertDispatch`.
   """
 
   constrain: Constrain = unconstrained
   attend: Optional[Attention] = None
+  attend_cached: Optional[DecodeAttention] = None
   run_layers: RunLayers = run_layers
   expert_dispatch: ExpertDispatch = ragged_dispatch
 
 
 class KV(NamedTuple):
-  """Keys and values of a prefix, rotated, of all layers: [N, C, P, K, E]."""
+  """Keys and values of all layers, rotated: [N, B, L, K, E]; of one layer without the N."""
 
-  k_NCPKE: jax.Array
-  v_NCPKE: jax.Array
+  k_NBLKE: jax.Array
+  v_NBLKE: jax.Array
+
+
+class Look(Protocol):
+  """Attends in one block, from its projected heads to (output [B, L, H, E], what to keep).
+
+  `memory` is this layer's part of the tree that the call brought along. What is kept comes
+  back stacked over layers. Options are those of `kernels.interface.Attention`.
+  """
+
+  def __call__(
+    self, q_BLHE: jax.Array, k_BLKE: jax.Array, v_BLKE: jax.Array, memory: Any, *, window: int,
+    **options: Any,
+  ) -> tuple[jax.Array, Any]: ...
 
 
 class Context(NamedTuple):
   """What all blocks of one call share."""
 
+  look: Look
   rope: dict[str, tuple[jax.Array, jax.Array]]  # tables by layer kind
   segment_ids_BL: Optional[jax.Array]
-  prefix_lengths_C: Optional[jax.Array]
 
 
 class LayerInput(NamedTuple):
   """What one block takes beside its parameters."""
 
-  prefix: Optional[KV]
+  memory: Any
   dropout_key: Optional[jax.Array]
 
 
@@ -95,9 +113,9 @@ class Block(nnx.Module):
     self.seams = seams
 
   def _attend(
-    self, x_BLD: jax.Array, kind: str, context: Context, prefix: Optional[KV]
-  ) -> tuple[jax.Array, KV]:
-    """Returns the attention output [B, L, D] and this layer's keys and values."""
+    self, x_BLD: jax.Array, kind: str, context: Context, memory: Any
+  ) -> tuple[jax.Array, Any]:
+    """Returns the attention output [B, L, D] and what the call's look keeps."""
     config, constrain = self.config, self.seams.constrain
     q_BLHE, k_BLKE, v_BLKE = self.attention.project(x_BLD)
     if config.positions == 'rope':
@@ -105,23 +123,13 @@ class Block(nnx.Module):
     q_BLHE = constrain(q_BLHE, (axes.BATCH, axes.LENGTH, axes.HEADS_ACT, None))
     k_BLKE = constrain(k_BLKE, (axes.BATCH, axes.LENGTH, axes.KV_HEADS_ACT, None))
     v_BLKE = constrain(v_BLKE, (axes.BATCH, axes.LENGTH, axes.KV_HEADS_ACT, None))
-    options: dict[str, Any] = dict(
-      scale=config.scale, softcap=config.attention_softcap,
+    out_BLHE, kept = context.look(
+      q_BLHE, k_BLKE, v_BLKE, memory, window=config.kind_window(kind), scale=config.scale,
+      softcap=config.attention_softcap,
       alibi_slopes_H=alibi_slopes(config.n_heads) if config.positions == 'alibi' else None,
     )
-    if prefix is not None:
-      out_BLHE = prefix_attention(
-        q_BLHE, k_BLKE, v_BLKE, prefix.k_NCPKE, prefix.v_NCPKE, context.prefix_lengths_C,
-        window=config.kind_window(kind), **options,
-      )
-    else:
-      attend = self.seams.attend or configured_attention(config)
-      out_BLHE = attend(
-        q_BLHE, k_BLKE, v_BLKE, mask=Mask(window=config.kind_window(kind)),
-        segment_ids_BL=context.segment_ids_BL, **options,
-      ).out_BLHE
     out_BLHE = constrain(out_BLHE, (axes.BATCH, axes.LENGTH, axes.HEADS_ACT, None))
-    return self.attention.output(out_BLHE), KV(k_BLKE, v_BLKE)
+    return self.attention.output(out_BLHE), kept
 
   def _feed_forward(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, AuxLosses]:
     """Returns the feed-forward output [B, L, D] and its auxiliary losses."""
@@ -136,13 +144,13 @@ class Block(nnx.Module):
 
   def __call__(
     self, x_BLD: jax.Array, kind: str, context: Context, inputs: LayerInput
-  ) -> tuple[jax.Array, AuxLosses, KV]:
-    """Returns the next hidden states, the auxiliary losses and the keys and values."""
+  ) -> tuple[jax.Array, AuxLosses, Any]:
+    """Returns the next hidden states, the auxiliary losses and what the look keeps."""
     rate, keys = self.config.dropout, (None, None)
     if inputs.dropout_key is not None:
       keys = tuple(jax.random.split(inputs.dropout_key))
-    attended_BLD, kv = self._attend(
-      self._normed('attention_norm', x_BLD), kind, context, inputs.prefix
+    attended_BLD, kept = self._attend(
+      self._normed('attention_norm', x_BLD), kind, context, inputs.memory
     )
     attended_BLD = self._normed('attention_out_norm', attended_BLD)
     attended_BLD = dropped(attended_BLD, rate, keys[0])
@@ -150,7 +158,7 @@ class Block(nnx.Module):
     fed_BLD, aux = self._feed_forward(self._normed('mlp_norm', between_BLD), context)
     fed_BLD = dropped(self._normed('mlp_out_norm', fed_BLD), rate, keys[1])
     x_BLD = x_BLD + attended_BLD + fed_BLD
-    return self.seams.constrain(x_BLD, HIDDEN_AXES), aux, kv
+    return self.seams.constrain(x_BLD, HIDDEN_AXES), aux, kept
 
 
 def no_aux_losses() -> AuxLosses:
@@ -185,12 +193,24 @@ class Transformer(nnx.Module):
         f'{self.config.context_length}; shorten it or raise model.context_length'
       )
 
+  def _own_row(self, segment_ids_BL: Optional[jax.Array], *, keep: bool) -> Look:
+    """Returns the look of whole rows at themselves, causal; it may keep keys and values."""
+    attend = self.seams.attend or configured_attention(self.config)
+
+    def look(q_BLHE, k_BLKE, v_BLKE, memory, *, window, **options):
+      del memory
+      attended = attend(
+        q_BLHE, k_BLKE, v_BLKE, mask=Mask(window=window), segment_ids_BL=segment_ids_BL, **options
+      )
+      return attended.out_BLHE, KV(k_BLKE, v_BLKE) if keep else None
+
+    return look
+
   def _run(
-    self, tokens_BL: jax.Array, positions: jax.Array, segment_ids_BL: Optional[jax.Array],
-    *, dropout_key: Optional[jax.Array] = None, prefix: Optional[KV] = None,
-    prefix_lengths_C: Optional[jax.Array] = None, keep_kv: bool = False,
-  ) -> tuple[jax.Array, AuxLosses, Optional[KV]]:
-    """Returns final hidden states, auxiliary losses and, if kept, all keys and values."""
+    self, tokens_BL: jax.Array, positions: jax.Array, look: Look, *, memory: Any = None,
+    segment_ids_BL: Optional[jax.Array] = None, dropout_key: Optional[jax.Array] = None,
+  ) -> tuple[jax.Array, AuxLosses, Any]:
+    """Returns final hidden states, auxiliary losses and what the look kept of all layers."""
     config = self.config
     graphdef, params = nnx.split(self.blocks)
     x_BLD = self.seams.constrain(self.embedding(tokens_BL, positions), HIDDEN_AXES)
@@ -207,18 +227,19 @@ class Transformer(nnx.Module):
         )
         for kind in sorted(set(config.layer_kinds))
       }
-    context = Context(rope, segment_ids_BL, prefix_lengths_C)
+    context = Context(look, rope, segment_ids_BL)
 
     def body(kind: str, carry, inputs):
       x_BLD, aux = carry
       block_params, layer_input = inputs
-      x_BLD, layer_aux, kv = nnx.merge(graphdef, block_params)(x_BLD, kind, context, layer_input)
-      return (x_BLD, jax.tree.map(jnp.add, aux, layer_aux)), kv if keep_kv else None
+      block = nnx.merge(graphdef, block_params)
+      x_BLD, layer_aux, kept = block(x_BLD, kind, context, layer_input)
+      return (x_BLD, jax.tree.map(jnp.add, aux, layer_aux)), kept
 
-    (x_BLD, aux), kv = self.seams.run_layers(
-      body, (x_BLD, no_aux_losses()), (params, LayerInput(prefix, layer_keys)), config
+    (x_BLD, aux), kept = self.seams.run_layers(
+      body, (x_BLD, no_aux_losses()), (params, LayerInput(memory, layer_keys)), config
     )
-    return self.final_norm(x_BLD), aux, kv
+    return self.final_norm(x_BLD), aux, kept
 
   def __call__(
     self, tokens_BL: jax.Array, segment_ids_BL: Optional[jax.Array] = None,
@@ -232,32 +253,40 @@ class Transformer(nnx.Module):
     self._check_length(tokens_BL.shape[1])
     positions = np.arange(tokens_BL.shape[1]) if positions_BL is None else positions_BL
     hidden_BLD, aux, _ = self._run(
-      tokens_BL, positions, segment_ids_BL, dropout_key=dropout_key
+      tokens_BL, positions, self._own_row(segment_ids_BL, keep=False),
+      segment_ids_BL=segment_ids_BL, dropout_key=dropout_key,
     )
     return hidden_BLD, aux
 
-  def prefix(self, tokens_CP: jax.Array, lengths_C: jax.Array) -> KV:
-    """Returns keys and values of contexts right-padded to P tokens, for `with_prefix`."""
-    C, P = tokens_CP.shape
-    self._check_length(P)
-    if P == 0:
+  def read(self, tokens_BL: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KV]:
+    """Returns hidden states [B, L, D] and keys and values of rows right-padded to L tokens.
+
+    What stands at a row's length and beyond is inert. Raises ValueError when L exceeds the
+    context length.
+    """
+    B, L = tokens_BL.shape
+    self._check_length(L)
+    if L == 0:
       config = self.config
-      shape = (config.n_layers, C, 0, config.n_kv_heads, config.d_head)
-      return KV(*[jnp.zeros(shape, config.compute_dtype)] * 2)
-    segment_ids_CP = (np.arange(P) < lengths_C[:, None]).astype(jnp.int32)
-    _, _, kv = self._run(tokens_CP, np.arange(P), segment_ids_CP, keep_kv=True)
-    assert kv is not None
-    return kv
+      shape = (config.n_layers, B, 0, config.n_kv_heads, config.d_head)
+      dtype = config.compute_dtype
+      return jnp.zeros((B, 0, config.d_model), dtype), KV(*[jnp.zeros(shape, dtype)] * 2)
+    segment_ids_BL = (np.arange(L) < lengths_B[:, None]).astype(jnp.int32)
+    hidden_BLD, _, kv = self._run(
+      tokens_BL, np.arange(L), self._own_row(segment_ids_BL, keep=True),
+      segment_ids_BL=segment_ids_BL,
+    )
+    return hidden_BLD, kv
 
   def with_prefix(
     self, tokens_BS: jax.Array, kv: KV, prefix_lengths_C: jax.Array
   ) -> jax.Array:
-    """Returns hidden states [B, S, D] of right-padded rows that continue their prefix.
+    """Returns hidden states [B, S, D] of right-padded rows that continue what was `read`.
 
     Rows come in groups of B / C consecutive ones per context. With P = 0 they stand alone.
     Raises ValueError when P + S exceeds the context length or C does not divide B.
     """
-    (B, S), (C, P) = tokens_BS.shape, kv.k_NCPKE.shape[1:3]
+    (B, S), (C, P) = tokens_BS.shape, kv.k_NBLKE.shape[1:3]
     self._check_length(P + S)
     if B % C:
       raise ValueError(f'{B} rows do not divide over {C} prefixes; each needs equally many')
@@ -265,10 +294,28 @@ class Transformer(nnx.Module):
       return self(tokens_BS)[0]
     starts_B = jnp.repeat(prefix_lengths_C, B // C, total_repeat_length=B)
     positions_BS = starts_B[:, None] + np.arange(S)
-    hidden_BSD, _, _ = self._run(
-      tokens_BS, positions_BS, None, prefix=kv, prefix_lengths_C=prefix_lengths_C
+
+    def look(q_BSHE, k_BSKE, v_BSKE, memory: KV, **options):
+      out_BSHE = prefix_attention(q_BSHE, k_BSKE, v_BSKE, *memory, prefix_lengths_C, **options)
+      return out_BSHE, None
+
+    return self._run(tokens_BS, positions_BS, look, memory=kv)[0]
+
+  def step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, KV]:
+    """Returns hidden states [B, D] of one token after each row of a cache, and its KV.
+
+    The cache is not changed. Its lengths have to be below the context length.
+    """
+    attend = self.seams.attend_cached or configured_decode_attention(self.config)
+
+    def look(q_B1HE, k_B1KE, v_B1KE, layer, **options):
+      out_B1HE = cached_attention(attend, q_B1HE, k_B1KE, v_B1KE, cache, layer, **options)
+      return out_B1HE, KV(k_B1KE, v_B1KE)
+
+    hidden_B1D, _, kv = self._run(
+      tokens_B[:, None], cache.lengths_B[:, None], look, memory=np.arange(self.config.n_layers)
     )
-    return hidden_BSD
+    return hidden_B1D[:, 0], kv
 
   def unembedding_VD(self) -> jax.Array:
     """Returns the output embedding, float32 [V, D], tied or free."""

@@ -11,6 +11,7 @@ from parallelism.sharding import partition_spec
 QUERY_AXES = ('batch', 'length', 'heads_act', None)
 KEY_AXES = ('batch', 'length', 'kv_heads_act', None)
 SEGMENT_AXES = ('batch', 'length')
+CACHE_AXES = ('layers', 'batch', 'kv_heads_act', None, None)
 
 
 def over_mesh(mesh: Mesh, attend):
@@ -37,4 +38,28 @@ def over_mesh(mesh: Mesh, attend):
         local, mesh=mesh, in_specs=(*inputs, specs), check_vma=False,
         out_specs=(partition_spec(QUERY_AXES), partition_spec(('batch', 'heads_act', 'length'))))
     return mapped(q_BLHE, k_BMKE, v_BMKE, arrays)
+  return sharded
+
+
+def decode_over_mesh(mesh: Mesh, attend):
+  """Returns `attend` (queries [B, H, E], cache, layer, **options) under `shard_map`.
+
+  The cache is a NamedTuple of keys and values [N, B, K, M, E] and lengths [B]. Rows and heads
+  are divided as in `over_mesh`. Returns (output [B, H, E], log-sum-exp [B, H]) as `attend` does.
+  """
+  rows, queries = partition_spec(('batch',)), partition_spec(('batch', 'heads_act', None))
+  keys = partition_spec(CACHE_AXES)
+
+  def sharded(q_BHE, cache, layer, *, alibi_slopes_H=None, **options: Any):
+    slopes = {} if alibi_slopes_H is None else {'alibi_slopes_H': jnp.asarray(alibi_slopes_H)}
+
+    def local(q_BHE, cache, layer, slopes):
+      return tuple(attend(q_BHE, cache, layer, **slopes, **options))
+
+    mapped = jax.shard_map(
+        local, mesh=mesh, check_vma=False,
+        in_specs=(queries, type(cache)(keys, keys, rows), partition_spec(()),
+                  {name: partition_spec(('heads_act',)) for name in slopes}),
+        out_specs=(queries, partition_spec(('batch', 'heads_act'))))
+    return mapped(q_BHE, cache, jnp.asarray(layer), slopes)
   return sharded

@@ -11,12 +11,19 @@ import optax
 from jax.sharding import Mesh
 
 from models import transformer
-from models.attention import choose_attention, configured_attention, hardware
+from models.attention import (
+    choose_attention,
+    choose_decode_attention,
+    configured_attention,
+    configured_decode_attention,
+    hardware,
+)
 from models.config import ModelConfig
+from models.kernels.decoding import Decoded
 from models.kernels.interface import Attended
 from models.stack import scans_layers
 from parallelism import sharding
-from parallelism.attention import over_mesh
+from parallelism.attention import decode_over_mesh, over_mesh
 from research.config import ExperimentConfig
 from research.training import step as step_lib
 from research.training.optimizers import make_optimizer, schedule
@@ -86,10 +93,10 @@ class Build:
 
   def in_mesh(self, function):
     """Returns the function run under this mesh and the configured matmul precision."""
-    def call(*arguments):
+    def call(*arguments, **options):
       with jax.set_mesh(self.mesh), jax.default_matmul_precision(
           self.config.compute.matmul_precision):
-        return function(*arguments)
+        return function(*arguments, **options)
     return call
 
   def place_params(self, values: Any) -> Any:
@@ -185,6 +192,15 @@ def _kernel(model: ModelConfig, mesh: Mesh):
   return lambda *arrays, **options: Attended(*attend(*arrays, **options))
 
 
+def _decode_kernel(model: ModelConfig, mesh: Mesh):
+  """Returns the model's decoding kernel run by shard_map, None for plain XLA or one device."""
+  name, _ = choose_decode_attention(model, mesh.devices.flat[0].platform)
+  if name == 'decode_xla' or mesh.size == 1:
+    return None
+  attend = decode_over_mesh(mesh, configured_decode_attention(model))
+  return lambda *arrays, **options: Decoded(*attend(*arrays, **options))
+
+
 def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Build:
   """Returns the model of `config` laid out on `mesh`.
 
@@ -197,7 +213,8 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
   model = dataclasses.replace(config.model, scan_layers=numerics['scan_layers'],
                               attention=numerics['attention'])
   config = dataclasses.replace(config, model=model)
-  seams = transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh))
+  seams = transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh),
+                            attend_cached=_decode_kernel(model, mesh))
   axes = transformer.logical_axes(model)
   sharding.check_divisible(mesh, transformer.abstract_params(model), axes)
   optimizer = make_optimizer(config.optimizer, axes)

@@ -110,7 +110,7 @@ def _chunk_sums(model: transformer.Transformer, constrain: Constrain, chunk: _Ch
   tokens_BS = constrain(chunk.tokens_BS, (axes.BATCH, axes.LENGTH))
   if chunk.prefix_CP.shape[1]:
     prefix_CP = constrain(chunk.prefix_CP, (axes.BATCH, axes.LENGTH))
-    kv = model.prefix(prefix_CP, chunk.prefix_lengths_C)
+    _, kv = model.read(prefix_CP, chunk.prefix_lengths_C)
     hidden_BSD = model.with_prefix(tokens_BS, kv, chunk.prefix_lengths_C)
   else:
     hidden_BSD, _ = model(tokens_BS)

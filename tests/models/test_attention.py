@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import choose_attention, configured_attention, hardware
+from models.attention import (
+  choose_attention, choose_decode_attention, configured_attention, hardware,
+)
 from models.config import ModelConfig
 from models.kernels import blockwise, flash_tpu, oracle, unrolled
 from models.kernels.interface import HIDDEN, Attended, Mask
@@ -266,6 +268,18 @@ def test_the_choice_names_its_reason():
 def test_hopper_gpus_are_told_by_their_compute_capability(platform, capability, expected):
   device = types.SimpleNamespace(platform=platform, compute_capability=capability)
   assert hardware(device) == expected
+
+
+def test_the_choice_of_decoding_names_its_reason():
+  wide, narrow = ModelConfig(d_head=64), ModelConfig(d_head=24)
+  assert choose_decode_attention(wide, 'tpu') == ('decode_tpu', 'the devices are TPUs')
+  assert choose_decode_attention(wide, 'gpu') == ('decode_gpu', 'the devices are GPUs')
+  assert choose_decode_attention(wide, 'cpu') == (
+    'decode_xla', 'plain XLA, there is no kernel for cpu'
+  )
+  assert choose_decode_attention(narrow, 'gpu') == (
+    'decode_xla', 'plain XLA, the kernels take no heads of width 24'
+  )
 
 
 def _temporary_bytes(attend, length: int) -> int:

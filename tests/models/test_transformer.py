@@ -175,7 +175,7 @@ def test_shared_prefix_equals_whole_sequences(name):
   @jax.jit
   def both(params, prefixes_CP, lengths_C, rows_BS, whole_BL):
     model = transformer.apply(graphdef, params)
-    kv = model.prefix(prefixes_CP, lengths_C)
+    _, kv = model.read(prefixes_CP, lengths_C)
     return model.with_prefix(rows_BS, kv, lengths_C), model(whole_BL)[0]
 
   got, expected = both(random_params(config), prefixes_CP, lengths_C, rows_BS, whole_BL)
@@ -186,7 +186,7 @@ def test_shared_prefix_equals_whole_sequences(name):
 
 def test_an_empty_prefix_is_none():
   model = transformer.apply(transformer.build(TINY), random_params(TINY))
-  kv = model.prefix(np.zeros((2, 0), int), np.zeros(2, int))
+  _, kv = model.read(np.zeros((2, 0), int), np.zeros(2, int))
   got = jax.jit(model.with_prefix)(some_tokens(4), kv, np.zeros(2, int))
   np.testing.assert_array_equal(got, jax.jit(model)(some_tokens(4))[0])
 
@@ -281,9 +281,9 @@ def test_a_sequence_beyond_the_context_is_refused():
   model = transformer.apply(transformer.build(TINY), random_params(TINY))
   with pytest.raises(ValueError, match='sequence of 25 tokens.*model.context_length=24'):
     model(some_tokens(1, 25))
-  kv = model.prefix(some_tokens(1, 20), np.array([20]))
+  _, kv = model.read(some_tokens(1, 20), np.array([20]))
   with pytest.raises(ValueError, match='sequence of 25 tokens'):
     model.with_prefix(some_tokens(1, 5), kv, np.array([20]))
   with pytest.raises(ValueError, match='3 rows do not divide over 2 prefixes'):
-    model.with_prefix(some_tokens(3, 2), model.prefix(some_tokens(2, 4), np.array([4, 4])),
+    model.with_prefix(some_tokens(3, 2), model.read(some_tokens(2, 4), np.array([4, 4]))[1],
                       np.array([4, 4]))
