@@ -8,8 +8,8 @@ import pathlib
 # tests inherit it and run on one device unless they say otherwise.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 
