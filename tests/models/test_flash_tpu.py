@@ -57,7 +57,7 @@ def test_the_cost_counts_the_blocks_that_a_walk_over_the_grid_fetches(key_heads,
   q, k = (jax.ShapeDtypeStruct((B, heads, L, E), jnp.bfloat16) for heads in (H, key_heads))
   problem, pairs = visited_pairs(_problem(L, 128, Mask(window=150)), by_keys=by_keys)
   arrays = [('q', jnp.bfloat16), ('k', jnp.bfloat16), ('row', jnp.float32),
-            ('q row', jnp.int32), ('key row', jnp.int32)]
+            ('two rows', jnp.float32), ('q row', jnp.int32), ('key row', jnp.int32)]
   estimate = cost(
     problem, Operands(q, k, k, None, None, None), pairs, arrays, by_keys=by_keys, n_dots=3
   )
