@@ -6,13 +6,15 @@ Takes libtpu (pip install -e '.[test]' or '.[tpu]') and no TPU. All kernels have
 queries and 512 keys, operands in HBM, causal masks. Numbers are bundles of instructions, one a
 cycle: `step` is the work on a pair of blocks (ours has one for pairs in which the mask hides
 nothing; the others mask every pair), `always` what comes with every grid step, `ends` the start
-and the finish of a block. `per pair` is a step and what comes with it.
+and the finish of a block. `per pair` is a step and what comes with it. By default JAX's kernels
+round float32 to bfloat16 in their products, --precision=highest keeps it as ours do.
 """
 
 import pathlib
 import tempfile
 
 from absl import flags
+import jax
 
 from experiments.benchmarks import command_line, schedules, tpu_programs
 from experiments.benchmarks.estimates import machine, table
@@ -23,6 +25,8 @@ from research.errors import UserError
 TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'for which TPUs')
 WIDTH = flags.DEFINE_integer('width', 128, 'width of a head')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', tpu_programs.DTYPES, 'of all operands')
+PRECISION = flags.DEFINE_enum('precision', 'default', ['default', 'highest'],
+                              'of float32 products in the kernels of JAX; ours: always the highest')
 LENGTH = 4096
 
 
@@ -32,7 +36,8 @@ def _rows(topology: str, contender: str, folder: pathlib.Path) -> list[list[str]
   ours = contender == 'flash_tpu'
   case = tpu_programs.Case(topology, contender, LENGTH, WIDTH.value, DTYPE.value, 0)
   blocks = {'q_block': tpu_programs.BLOCK, 'k_block': tpu_programs.BLOCK} if ours else {}
-  record = tpu_programs.compiled_case(case, tpu_programs.IN_HBM, **blocks)
+  with jax.default_matmul_precision(PRECISION.value):
+    record = tpu_programs.compiled_case(case, tpu_programs.IN_HBM, **blocks)
   if 'error' in record:
     return [[f'{contender}: {record["error"]}', '', '', '', '']]
   rows = []
