@@ -123,6 +123,13 @@ def test_blocks_are_those_of_the_nearest_entry(shape, want, monkeypatch):
   assert blocks.blocks_for('other chip', *shape) == blocks.DEFAULT
 
 
+def test_a_chip_by_another_name_has_the_same_blocks():
+  assert blocks.TABLE
+  for kind, same in blocks.ALIASES.items():
+    got = [blocks.blocks_for(k, 'bfloat16', 128, 8192) for k in (kind, same)]
+    assert got[0] == got[1] != blocks.DEFAULT
+
+
 def test_the_table_holds_blocks_that_the_kernels_take():
   for (kind, dtype, width, tokens), sizes in blocks.TABLE.items():
     assert kind.startswith('TPU') and dtype in TOLERANCE and flash_tpu.takes_width(width)
