@@ -68,13 +68,19 @@ def parts(text: str, n_steps: int) -> Parts:
 
 
 def read_kernels(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the schedule of every kernel of `flash_tpu` that is in the folder."""
+  """Returns the schedules in the folder of attention kernels, ours or JAX's own, by name."""
   kernels = {}
   for path in sorted(folder.iterdir()):
-    name = re.search(r'-(flash_tpu_\w+?)\.\d+-\d+-final_bundles\.txt$', path.name)
+    name = re.search(r'-((?:flash|splash)\w+?)\.\d+-\d+-final_bundles\.txt$', path.name)
     if name:
       kernels[name[1]] = path.read_text(encoding='utf-8', errors='replace')
   return kernels
+
+
+def empty(folder: pathlib.Path) -> None:
+  """Removes what was written so far."""
+  for path in folder.iterdir():
+    path.unlink()
 
 
 def cycles(kernels: dict[str, str], mask: Mask, length: int, blocks: tuple[int, int],

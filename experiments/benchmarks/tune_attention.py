@@ -75,8 +75,7 @@ def _timed(blocks: tuple[int, int], width: int, dtype: str) -> Ranked:
 def _scheduled(topology: str, blocks: tuple[int, int], width: int, dtype: str,
                folder: pathlib.Path) -> Ranked:
   """Returns the time that the schedule of a candidate's kernels gives."""
-  for path in folder.iterdir():
-    path.unlink()
+  schedules.empty(folder)
   case = tpu_programs.Case(topology, 'flash_tpu', LENGTH.value, width, dtype, WINDOW.value)
   attend = functools.partial(flash_tpu.attention, q_block=blocks[0], k_block=blocks[1])
   compiled = tpu_programs.lowered(case, attend).compile(tpu_programs.IN_HBM)

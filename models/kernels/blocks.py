@@ -12,6 +12,8 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int]] = {
   ('TPU v5', 'bfloat16', 128, 4096): (1024, 1024),
   ('TPU v6 lite', 'bfloat16', 128, 4096): (1024, 1024),
 }
+# Names that other versions of the TPU runtime give to the same chips.
+ALIASES = {'TPU v5e': 'TPU v5 lite', 'TPU v5p': 'TPU v5', 'TPU v6e': 'TPU v6 lite'}
 
 
 def device_kind() -> str:
@@ -26,6 +28,7 @@ def blocks_for(kind: str, dtype: str, width: int, reach: int) -> tuple[int, int]
   They are those of the narrowest entry that is wide enough, among these of the one for the
   farthest reach that is not too far; DEFAULT where there is none.
   """
+  kind = ALIASES.get(kind, kind)
   fitting = [
     (w, -tokens) for k, d, w, tokens in TABLE
     if (k, d) == (kind, dtype) and w >= width and tokens <= reach

@@ -136,15 +136,16 @@ def _forward_kernel(
 
 
 def _weights_and_gradient(
-  problem: Problem, refs: Refs, slope, q_block, k_block, masked: bool, g_LE, lse_1L, inner_1L,
+  problem: Problem, refs: Refs, slope, q_block, k_block, masked: bool, g_LE, rows_2L,
   by_keys: bool,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the softmax weights and the gradient of the products of a pair of blocks.
 
-  Both are [queries, keys], or [keys, queries] if `by_keys`.
+  Both are [queries, keys], or [keys, queries] if `by_keys`. The rows are the log-sum-exp and
+  the inner products of outputs and cotangents.
   """
   capped_LM, logits_LM = _logits(problem, refs, slope, q_block, k_block, masked, by_keys)
-  lse_1L, inner_1L = jnp.maximum(lse_1L[...], HIDDEN / 2), inner_1L[...]
+  lse_1L, inner_1L = jnp.maximum(rows_2L[:1], HIDDEN / 2), rows_2L[1:]
   if by_keys:
     weights_LM = jnp.exp(logits_LM - lse_1L)
     d_weights_LM = _dot(refs.v_ME[...], g_LE[...], (1, 1)) - inner_1L
@@ -160,7 +161,7 @@ def _weights_and_gradient(
 
 def _queries_kernel(
   problem: Problem, q_block, k_block, flags, slopes_H, q, k, v, q_segments, k_segments,
-  g, lse, inner, d_q_LE, sum_LE,
+  g, rows, d_q_LE, sum_LE,
 ) -> None:
   """Accumulates one pair into the gradient of its queries."""
   pair, slope = pl.program_id(2), slopes_H[pl.program_id(1)]
@@ -171,7 +172,7 @@ def _queries_kernel(
 
   def step(masked: bool) -> None:
     _, d_logits_LM = _weights_and_gradient(
-      problem, refs, slope, q_block[pair], k_block[pair], masked, g, lse, inner, by_keys=False
+      problem, refs, slope, q_block[pair], k_block[pair], masked, g, rows, by_keys=False
     )
     sum_LE[...] += _dot(d_logits_LM.astype(k.dtype), k[...], (1, 0))
 
@@ -183,7 +184,7 @@ def _queries_kernel(
 
 def _keys_kernel(
   problem: Problem, q_block, k_block, flags, slopes_H, q, k, v, q_segments, k_segments,
-  g, lse, inner, d_k_ME, d_v_ME, sum_k_ME, sum_v_ME,
+  g, rows, d_k_ME, d_v_ME, sum_k_ME, sum_v_ME,
 ) -> None:
   """Accumulates one pair and one query head into the gradients of its keys and values."""
   pair, refs = pl.program_id(2), Refs(q, k, v, q_segments, k_segments)
@@ -196,7 +197,7 @@ def _keys_kernel(
 
   def step(masked: bool) -> None:
     weights_ML, d_logits_ML = _weights_and_gradient(
-      problem, refs, slope, q_block[pair], k_block[pair], masked, g, lse, inner, by_keys=True
+      problem, refs, slope, q_block[pair], k_block[pair], masked, g, rows, by_keys=True
     )
     sum_v_ME[...] += _dot(weights_ML.astype(g.dtype), g[...], (1, 0))
     sum_k_ME[...] += _dot(d_logits_ML.astype(q.dtype), q[...], (1, 0))
@@ -226,8 +227,8 @@ def _call(
   """Runs a kernel over all live pairs of every head.
 
   The grid is (batch, head, pair), or (batch, key head, pair, head of its group) by keys.
-  `extra` gives further operands and `outs` the results' dtypes, each with its kind: 'q', 'row'
-  or 'k'. A step of the kernel computes `n_dots` products of the size of q k^T.
+  `extra` gives further operands and `outs` the results' dtypes, each with its kind, one of
+  those of `specs`. A step of the kernel computes `n_dots` products of the size of q k^T.
   """
   B, H, L, E = operands.q_BHLE.shape
   K, M = operands.k_BKME.shape[1:3]
@@ -288,10 +289,9 @@ def _backward(problem: Problem, residuals, g):
   g_BHLE, g_lse_BH1L = g
   E = out_BHLE.shape[-1]
   inner_BHL = jnp.sum(out_BHLE.astype(jnp.float32) * g_BHLE.astype(jnp.float32), axis=-1)
-  extra = {
-    'g': ('q', g_BHLE), 'lse': ('row', lse_BH1L),
-    'inner': ('row', inner_BHL[:, :, None] - g_lse_BH1L),
-  }
+  # One array of two rows: a grid step keeps track of one copy less.
+  rows_BH2L = jnp.concatenate([lse_BH1L, inner_BHL[:, :, None] - g_lse_BH1L], axis=2)
+  extra = {'g': ('q', g_BHLE), 'rows': ('two rows', rows_BH2L)}
   (d_q_BHLE,) = _call(
     problem, _queries_kernel, operands, extra, {'d_q': ('q', operands.q_BHLE.dtype)},
     by_keys=False, scratch=[pltpu.VMEM((problem.q_block, E), jnp.float32)], n_dots=3,

@@ -81,7 +81,8 @@ def cost(
   q_head_fetches = B * H * n_pairs if by_keys and H > K else q_fetches
   moved = {
     'q': q_head_fetches * problem.q_block * E, 'k': k_fetches * problem.k_block * E,
-    'row': q_head_fetches * problem.q_block, 'q row': q_fetches * problem.q_block,
+    'row': q_head_fetches * problem.q_block, 'two rows': 2 * q_head_fetches * problem.q_block,
+    'q row': q_fetches * problem.q_block,
     'key row': k_fetches * problem.k_block,
   }
   logits = B * H * n_pairs * problem.q_block * problem.k_block
@@ -92,9 +93,10 @@ def cost(
 
 
 def specs(problem: Problem, heads: int, key_heads: int, width: int, *, by_keys: bool) -> dict:
-  """Returns the block spec of every kind of array: 'q', 'k', 'row', 'q row' and 'key row'.
+  """Returns the block spec of every kind of array.
 
-  A 'row' has a number per query and head, a 'q row' per query, a 'key row' per key.
+  A 'q' has a vector per query and head, a 'k' per key and its head; a 'row' has a number per
+  query and head, 'two rows' have two; a 'q row' has a number per query, a 'key row' per key.
   """
   G = heads // key_heads
 
@@ -118,6 +120,7 @@ def specs(problem: Problem, heads: int, key_heads: int, width: int, *, by_keys: 
     'q': at((None, None, q, width), lambda b, h, g, i, j: (b, q_head(h, g), i, 0)),
     'k': at((None, None, k, width), lambda b, h, g, i, j: (b, k_head(h), j, 0)),
     'row': at((None, None, 1, q), lambda b, h, g, i, j: (b, q_head(h, g), 0, i)),
+    'two rows': at((None, None, 2, q), lambda b, h, g, i, j: (b, q_head(h, g), 0, i)),
     'q row': at((None, 1, q), lambda b, h, g, i, j: (b, 0, i)),
     'key row': at((None, 1, k), lambda b, h, g, i, j: (b, 0, j)),
   }

@@ -18,8 +18,10 @@ from tests.models.attention_harness import TOLERANCE, Case, errors, rejected
 ATTEND = functools.partial(flash_tpu.attention, q_block=128, k_block=128, interpret=True)
 
 
-@pytest.mark.parametrize('dtype', TOLERANCE)
-@pytest.mark.parametrize('width', [32, 40, 64, 128, 256])
+@pytest.mark.parametrize('width, dtype', [
+  (32, 'float32'), (40, 'float32'), (64, 'float32'), (128, 'float32'), (256, 'float32'),
+  (40, 'bfloat16'), (128, 'bfloat16'), (256, 'bfloat16'),
+])
 def test_every_width_equals_the_oracle(width, dtype):
   case = Case(L=150, M=150, H=2, K=1, E=width, B=1, scale=width**-0.5, segments=True)
   measured = errors(ATTEND, case, dtype)
@@ -57,7 +59,7 @@ def test_the_cost_counts_the_blocks_that_a_walk_over_the_grid_fetches(key_heads,
   q, k = (jax.ShapeDtypeStruct((B, heads, L, E), jnp.bfloat16) for heads in (H, key_heads))
   problem, pairs = visited_pairs(_problem(L, 128, Mask(window=150)), by_keys=by_keys)
   arrays = [('q', jnp.bfloat16), ('k', jnp.bfloat16), ('row', jnp.float32),
-            ('q row', jnp.int32), ('key row', jnp.int32)]
+            ('two rows', jnp.float32), ('q row', jnp.int32), ('key row', jnp.int32)]
   estimate = cost(
     problem, Operands(q, k, k, None, None, None), pairs, arrays, by_keys=by_keys, n_dots=3
   )
@@ -121,6 +123,13 @@ def test_blocks_are_those_of_the_nearest_entry(shape, want, monkeypatch):
   monkeypatch.setattr(blocks, 'TABLE', TABLE)
   assert blocks.blocks_for('chip', *shape) == want
   assert blocks.blocks_for('other chip', *shape) == blocks.DEFAULT
+
+
+def test_a_chip_by_another_name_has_the_same_blocks():
+  assert blocks.TABLE
+  for kind, same in blocks.ALIASES.items():
+    got = [blocks.blocks_for(k, 'bfloat16', 128, 8192) for k in (kind, same)]
+    assert got[0] == got[1] != blocks.DEFAULT
 
 
 def test_the_table_holds_blocks_that_the_kernels_take():
