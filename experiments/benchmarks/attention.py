@@ -144,14 +144,6 @@ def _contenders(platform: str) -> list[str]:
   return names
 
 
-def _numbers(flag: flags.FlagHolder, default: list[str]) -> list[int]:
-  """Returns the numbers of a list flag."""
-  for text in flag.value or default:
-    if not text.isdigit() or not int(text):
-      raise UserError(f'--{flag.name}={text} is not a positive whole number')
-  return [int(text) for text in flag.value or default]
-
-
 def main() -> None:
   # Several processes share the GPU, so none may take all of its memory.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -159,16 +151,16 @@ def main() -> None:
   platform = jax.default_backend()
   if platform not in ('cpu', 'gpu'):
     raise UserError(f'there are no contenders for {platform}; run it on a CPU or a Hopper GPU')
-  lengths = ('512', '1024', '2048', '4096', '8192')
+  lengths = ['512', '1024', '2048', '4096', '8192']
   if platform == 'gpu':
-    lengths = ('1024', '2048', '4096', '8192', '16384', '32768')
+    lengths = ['1024', '2048', '4096', '8192', '16384', '32768']
   if HEADS.value % KEY_HEADS.value:
     raise UserError(f'--heads={HEADS.value} is not a multiple of --key_heads={KEY_HEADS.value}')
   names = _contenders(platform)
   print({**machine(), 'device': jax.devices()[0].device_kind}, flush=True)
   dtype = 'bfloat16' if platform == 'gpu' else 'float32'
-  for width in _numbers(WIDTHS, ['64']):
-    for length in _numbers(LENGTHS, list(lengths)):
+  for width in command_line.positive_numbers(WIDTHS):
+    for length in command_line.positive_numbers(LENGTHS, lengths):
       shape = Shape(BATCH.value, length, HEADS.value, KEY_HEADS.value, width, WINDOW.value, dtype)
       print(f'\n{_compare(shape, names, platform)}', flush=True)
 

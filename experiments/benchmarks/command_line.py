@@ -24,6 +24,19 @@ def _parse(argv: list[str]) -> list[str]:
     fail(error)
 
 
+def positive_numbers(flag: flags.FlagHolder, default: list[str] | None = None) -> list[int]:
+  """Returns the numbers of a list flag, those of `default` where it is not given.
+
+  Raises:
+    UserError: one is not a positive whole number.
+  """
+  texts = flag.value or default or []
+  for text in texts:
+    if not text.isdigit() or not int(text):
+      raise UserError(f'--{flag.name}={text} is not a positive whole number')
+  return [int(text) for text in texts]
+
+
 def fail(error: Exception) -> None:
   """Prints one sentence and ends the process with code 2."""
   print(f'error: {error}', file=sys.stderr)

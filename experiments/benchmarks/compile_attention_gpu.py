@@ -12,6 +12,7 @@ is slow where it happens in an inner loop.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -167,12 +168,8 @@ def _cases() -> list[Case]:
   for feature in {x for features in sets for x in features}:
     if feature not in KNOWN_FEATURES:
       raise UserError(f'--features={feature} is not one of {", ".join(KNOWN_FEATURES)}')
-  for flag in (LENGTHS, WIDTHS):
-    for text in flag.value:
-      if not text.isdigit() or not int(text):
-        raise UserError(f'--{flag.name}={text} is not a positive whole number')
-  return [Case(name, int(length), int(width), features) for features in sets
-          for width in WIDTHS.value for length in LENGTHS.value for name in NAMES.value]
+  lengths, widths = map(command_line.positive_numbers, (LENGTHS, WIDTHS))
+  return [Case(*values) for values in itertools.product(NAMES.value, lengths, widths, sets)]
 
 
 def main() -> None:
