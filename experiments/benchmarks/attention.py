@@ -12,8 +12,6 @@ is timed; rounds are interleaved. Temporary MB are the compiler's.
 
 import importlib.util
 import math
-import multiprocessing
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +20,7 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import estimate, machine, table
+from experiments.benchmarks.rounds import interleaved
 from research.errors import UserError
 
 LENGTHS = flags.DEFINE_list('lengths', ['512', '1024', '2048', '4096', '8192'], 'tokens per row')
@@ -84,47 +83,25 @@ def _torch_step(shape: Shape) -> tuple[Callable, float]:
   return step, math.nan
 
 
-_worker: dict[str, Any] = {}
-
-
-def _start(name: str, shape: Shape) -> dict[str, Any]:
-  """Builds and warms up the step of this process; returns its facts and a digest of results."""
+def _start(name: str, shape: Shape) -> tuple[Callable, dict[str, Any]]:
+  """Returns the step of a contender, warmed up, and its facts with a digest of its results."""
   step, temporary_mb = _torch_step(shape) if name == 'torch_sdpa' else _jax_step(name, shape)
   out, gradients = step()
   norms = [float(np.linalg.norm(np.asarray(x, np.float64))) for x in (out, *gradients)]
-  _worker['step'] = step
-  return {'norms': norms, 'temporary_mb': temporary_mb}
-
-
-def _measure(seconds: float) -> float:
-  """Returns the seconds of one step of this process."""
-  step, n_steps = _worker['step'], 0
-  step()
-  began = time.perf_counter()
-  while n_steps == 0 or time.perf_counter() - began < seconds:
-    step()
-    n_steps += 1
-  return (time.perf_counter() - began) / n_steps
+  return step, {'norms': norms, 'temporary_mb': temporary_mb}
 
 
 def _compare(shape: Shape, names: list[str]) -> str:
   """Returns the table of one length."""
   L, H, _, E = shape
-  context = multiprocessing.get_context('spawn')
-  pools = {name: context.Pool(1) for name in names}
-  try:
-    facts = {name: pool.apply(_start, (name, shape)) for name, pool in pools.items()}
-    first = facts[names[0]]['norms']
+
+  def check(facts: dict[str, dict[str, Any]]) -> None:
     for name in names:
-      if not np.allclose(facts[name]['norms'], first, rtol=1e-4):
+      if not np.allclose(facts[name]['norms'], facts[names[0]]['norms'], rtol=1e-4):
         raise UserError(f'{name} does not compute what {names[0]} does at length {L}')
-    seconds = {name: [] for name in names}
-    for _ in range(ROUNDS.value):
-      for name, pool in pools.items():
-        seconds[name].append(pool.apply(_measure, (SECONDS.value,)))
-  finally:
-    for pool in pools.values():
-      pool.terminate()
+
+  facts, seconds = interleaved(
+      _start, {name: (name, shape) for name in names}, check, ROUNDS.value, SECONDS.value)
   flops = 7 * H * E * L * L
   rows = []
   for name in names:
