@@ -12,6 +12,7 @@ from typing import Any
 from absl import app, flags, logging
 
 import experiments
+from parallelism.topologies import quiet_plugins
 from research import overrides as overrides_lib
 from research.config import ExperimentConfig, settings
 from research.errors import UserError
@@ -129,6 +130,7 @@ def run(main: Callable[[], Any]) -> None:
   """Runs a launcher's main under absl; user errors end it with one sentence and code 2."""
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)
+    quiet_plugins()
     # Orbax logs a failed save with its traceback; the error itself reaches us when we wait for it.
     logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname or
                                         record.levelno < stdlib_logging.ERROR)

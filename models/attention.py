@@ -8,7 +8,7 @@ import numpy as np
 
 from models.config import ModelConfig
 from models.kernels import (
-  blockwise, decode_gpu, decode_tpu, decode_xla, flash_tpu, oracle, unrolled,
+  blockwise, decode_gpu, decode_tpu, decode_xla, flash_gpu, flash_tpu, oracle, unrolled,
 )
 from models.kernels.decoding import Cache, DecodeAttention, merged, of_layer
 from models.kernels.interface import HIDDEN, Attended, Attention, Mask, softcapped
@@ -17,34 +17,46 @@ UNROLLED_LENGTH = 512  # at 1,024 blockwise is ahead (NOTEBOOK.md)
 MAX_UNROLLED = 16  # blocks are unrolled: their number bounds the size of the program
 
 
-def choose_attention(config: ModelConfig, platform: str, length: int) -> tuple[str, str]:
-  """Returns the name of the attention for rows of `length` on a platform, and why.
+def hardware(device: jax.Device) -> str:
+  """Returns what kernels are chosen by: 'cpu', 'tpu', 'hopper' or, for other GPUs, 'gpu'."""
+  if device.platform == 'gpu' and str(device.compute_capability) == '9.0':
+    return 'hopper'
+  return device.platform
+
+
+def choose_attention(config: ModelConfig, hardware: str, length: int) -> tuple[str, str]:
+  """Returns the name of the attention for rows of `length` on a kind of hardware, and why.
 
   The name is that of `config.attention` unless it is 'auto'.
   """
+  linear = 'plain XLA with memory linear in the length'
   if config.attention != 'auto':
     return config.attention, 'model.attention names it'
-  if platform == 'tpu' and flash_tpu.takes_width(config.d_head):
+  if hardware == 'tpu' and flash_tpu.takes_width(config.d_head):
     return 'flash_tpu', 'the devices are TPUs'
-  if platform == 'cpu' and length <= UNROLLED_LENGTH:
+  if hardware == 'hopper' and flash_gpu.takes_width(config.d_head):
+    if config.compute_dtype == 'bfloat16':
+      return 'flash_gpu', 'the devices are Hopper GPUs, the model computes in bfloat16'
+    return 'blockwise', f"{linear}; Hopper's kernels take model.compute_dtype=bfloat16 only"
+  if hardware == 'cpu' and length <= UNROLLED_LENGTH:
     return 'unrolled', f'rows of at most {UNROLLED_LENGTH} on CPU: the fastest, weights are kept'
-  return 'blockwise', 'plain XLA with memory linear in the length'
+  return 'blockwise', linear
 
 
 def configured_attention(config: ModelConfig) -> Attention:
   """Returns the attention that `config.attention` names."""
+  kernels = {
+    'oracle': oracle.attention, 'flash_tpu': flash_tpu.attention,
+    'flash_gpu': flash_gpu.attention, 'blockwise': blockwise.attention,
+  }
 
   def attend(q_BLHE: jax.Array, k_BMKE: jax.Array, v_BMKE: jax.Array, **options) -> Attended:
     length = q_BLHE.shape[1]
-    name, _ = choose_attention(config, jax.default_backend(), length)
-    if name == 'oracle':
-      return oracle.attention(q_BLHE, k_BMKE, v_BMKE, **options)
-    if name == 'flash_tpu':
-      return flash_tpu.attention(q_BLHE, k_BMKE, v_BMKE, **options)
-    if name == 'blockwise':
-      return blockwise.attention(q_BLHE, k_BMKE, v_BMKE, **options)
-    block = max(config.attention_block, -(-length // MAX_UNROLLED))
-    return unrolled.attention(q_BLHE, k_BMKE, v_BMKE, block=block, **options)
+    name, _ = choose_attention(config, hardware(jax.devices()[0]), length)
+    if name == 'unrolled':
+      block = max(config.attention_block, -(-length // MAX_UNROLLED))
+      return unrolled.attention(q_BLHE, k_BMKE, v_BMKE, block=block, **options)
+    return kernels[name](q_BLHE, k_BMKE, v_BMKE, **options)
 
   return attend
 

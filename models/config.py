@@ -13,7 +13,7 @@ CHOICES = {
   'compute_dtype': ('float32', 'bfloat16'),
   'remat': ('none', 'full', 'dots'),
   'scan_layers': ('scan', 'unroll', 'auto'),
-  'attention': ('auto', 'unrolled', 'blockwise', 'flash_tpu', 'oracle'),
+  'attention': ('auto', 'unrolled', 'blockwise', 'flash_tpu', 'flash_gpu', 'oracle'),
 }
 LAYER_KINDS = ('sliding', 'full')
 ROPE_SCALINGS = ('none', 'linear', 'llama3', 'yarn')
@@ -142,7 +142,8 @@ class ModelConfig:
   )
   scan_layers: A[str, "'scan', 'unroll' or 'auto'", 'placement'] = 'auto'
   attention: A[
-    str, "'unrolled', 'blockwise', 'flash_tpu', 'oracle', or 'auto': by platform and length",
+    str,
+    "'unrolled', 'blockwise', 'flash_tpu', 'flash_gpu', 'oracle', or 'auto': by hardware and length",
     'placement',
   ] = 'auto'
   attention_block: A[int, 'least query rows per block of unrolled attention', 'placement'] = 64

@@ -16,6 +16,7 @@ from models.attention import (
     choose_decode_attention,
     configured_attention,
     configured_decode_attention,
+    hardware,
 )
 from models.config import ModelConfig
 from models.kernels.decoding import Decoded
@@ -71,15 +72,19 @@ class Build:
       return jax.jit(lambda: _fresh_state(self.config, self.optimizer),
                      out_shardings=shardings)()
 
-  def train_step(self):
-    """Returns the jitted step(state, batch) -> (state, metrics); the state is donated."""
+  def jitted_step(self):
+    """Returns the jitted step(state, batch) -> (state, metrics), to be used by `in_mesh`."""
     config = self.config
     step = step_lib.make_train_step(
         config, self.graphdef, self.optimizer, schedule(config.optimizer, config.n_steps),
         self.n_micro)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    return _trimmed(self.in_mesh(jax.jit(step, donate_argnums=0, out_shardings=(
-        shardings, sharding.replicated(self.mesh)))))
+    return jax.jit(step, donate_argnums=0,
+                   out_shardings=(shardings, sharding.replicated(self.mesh)))
+
+  def train_step(self):
+    """Returns the step(state, batch) -> (state, metrics) of a run; the state is donated."""
+    return _trimmed(self.in_mesh(self.jitted_step()))
 
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""
@@ -173,15 +178,15 @@ def count_microbatches(config: ExperimentConfig, mesh: Mesh) -> int:
 
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   """Returns the choices that change bits but not meaning, for the manifest and for reuse."""
-  platform = mesh.devices.flat[0].platform
-  attention, _ = choose_attention(config.model, platform, config.data.sequence_length)
+  device = mesh.devices.flat[0]
+  attention, _ = choose_attention(config.model, hardware(device), config.data.sequence_length)
   return {'n_micro': count_microbatches(config, mesh), 'attention': attention,
-          'scan_layers': 'scan' if scans_layers(config.model, platform) else 'unroll'}
+          'scan_layers': 'scan' if scans_layers(config.model, device.platform) else 'unroll'}
 
 
 def _kernel(model: ModelConfig, mesh: Mesh):
   """Returns the model's attention kernel run by shard_map, None for plain XLA attention."""
-  if model.attention != 'flash_tpu' or mesh.size == 1:
+  if not model.attention.startswith('flash_') or mesh.size == 1:
     return None
   attend = over_mesh(mesh, configured_attention(model))
   return lambda *arrays, **options: Attended(*attend(*arrays, **options))

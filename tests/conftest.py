@@ -4,11 +4,13 @@ import fnmatch
 import os
 import pathlib
 
+# Before JAX is imported: plugins of accelerators that are not there stay out. Programs started by
+# tests inherit it and run on one device unless they say otherwise.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
 import jax
 import pytest
 
-# Programs started by tests run on one device unless they say otherwise.
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import app, flags
 
+from parallelism.topologies import quiet_plugins
 from research.errors import UserError
 
 
@@ -32,6 +33,7 @@ def fail(error: Exception) -> None:
 def run(main: Callable[[], Any]) -> None:
   """Runs a benchmark's main under absl; user errors end it with one sentence and code 2."""
   def guarded(unused_argv):
+    quiet_plugins()
     try:
       main()
     except UserError as error:

@@ -6,8 +6,8 @@
 Greedy generation in float32 after random prompts of equal length: modehop's `generate` (one
 compiled loop), `recompute` (modehop's compiled forward pass over the whole row for every token) and
 `torch` (an eager PyTorch loop over a key-value cache allocated once, an extra: pip install -e
-'.[bench]'). All have the same weights and must write the same tokens. Each contender has a process of
-its own, blocked while another is timed; rounds are interleaved.
+'.[bench]'). All have the same weights and must write the same tokens. Each contender has a process
+of its own, blocked while another is timed; rounds are interleaved.
 """
 
 import dataclasses

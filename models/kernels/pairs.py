@@ -52,3 +52,20 @@ def live_pairs(
   changes = owner[1:] != owner[:-1]
   flags = FIRST * np.r_[True, changes] + LAST * np.r_[changes, True] + MASKED * ~whole[q, k]
   return Pairs(q.astype(np.int32), k.astype(np.int32), flags.astype(np.int32))
+
+
+def live_ranges(pairs: Pairs, *, by_keys: bool) -> np.ndarray:
+  """Returns where each owner's blocks begin, are whole, end being whole, and end: int32 [n, 4].
+
+  Owners are blocks of queries, or of keys. The blocks that an owner pairs with have no gap,
+  nor do those among them in which the mask hides nothing.
+  """
+  owner, other = (pairs.k_block, pairs.q_block) if by_keys else (pairs.q_block, pairs.k_block)
+  ranges = np.zeros((owner.max() + 1, 4), np.int32)
+  for i in range(len(ranges)):
+    blocks = other[owner == i]
+    whole = blocks[pairs.flags[owner == i] & MASKED == 0]
+    assert np.ptp(blocks) == len(blocks) - 1, 'a gap between live blocks'
+    low, high = blocks[0], blocks[-1] + 1
+    ranges[i] = (low, whole[0], whole[-1] + 1, high) if len(whole) else (low, high, high, high)
+  return ranges

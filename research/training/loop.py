@@ -9,7 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from models.attention import choose_attention
+from models.attention import choose_attention, hardware
 from models.counting import flops_per_token, parameter_counts
 from parallelism.mesh import make_mesh
 from parallelism.sharding import path_name
@@ -227,7 +227,7 @@ def _describe(run_dir, config, built, manifest) -> None:
         f'{config.data.batch_size * config.data.sequence_length:,} tokens on mesh '
         f'{dict(built.mesh.shape)}; writing to {run_dir.path}')
   chosen, reason = choose_attention(
-      config.model, built.mesh.devices.flat[0].platform, config.data.sequence_length)
+      config.model, hardware(built.mesh.devices.flat[0]), config.data.sequence_length)
   used = built.config.model.attention
   print(f'attention: {used} ({reason if used == chosen else "as at the first start"})', flush=True)
 

@@ -172,6 +172,7 @@ def programs(attend) -> dict[str, tuple]:
     query = jax.ShapeDtypeStruct((B, case.H, case.E), dtype)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     call = functools.partial(attend, **case.options())
-    result[name] = call, (query, ContiguousCache(rows, rows, lengths_B), layer)
-    result[f'{name}, in pages'] = call, (query, PagedCache(pages, pages, table_BJ, lengths_B), layer)
+    caches = ContiguousCache(rows, rows, lengths_B), PagedCache(pages, pages, table_BJ, lengths_B)
+    for cache, ending in zip(caches, ('', ', in pages')):
+      result[name + ending] = call, (query, cache, layer)
   return result

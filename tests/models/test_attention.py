@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from models.attention import (
-  choose_attention, choose_decode_attention, configured_attention,
+  choose_attention, choose_decode_attention, configured_attention, hardware,
 )
 from models.config import ModelConfig
 from models.kernels import blockwise, flash_tpu, oracle, unrolled
@@ -251,8 +252,22 @@ def test_the_choice_names_its_reason():
   # The kernels refuse narrow heads, so they are not chosen for them.
   narrow = dataclasses.replace(config, d_head=16)
   assert choose_attention(narrow, 'tpu', 256)[0] == 'blockwise'
+  # Hopper's tensor cores multiply bfloat16, not float32.
+  halves = dataclasses.replace(wide, compute_dtype='bfloat16')
+  assert choose_attention(halves, 'hopper', 256)[0] == 'flash_gpu'
+  name, reason = choose_attention(wide, 'hopper', 256)
+  assert (name, 'bfloat16 only' in reason) == ('blockwise', True)
+  assert choose_attention(halves, 'gpu', 256)[0] == 'blockwise'
   named = dataclasses.replace(config, attention='oracle')
   assert choose_attention(named, 'tpu', 256) == ('oracle', 'model.attention names it')
+
+
+@pytest.mark.parametrize('platform, capability, expected', [
+  ('cpu', None, 'cpu'), ('tpu', None, 'tpu'), ('gpu', '9.0', 'hopper'), ('gpu', '8.0', 'gpu'),
+])
+def test_hopper_gpus_are_told_by_their_compute_capability(platform, capability, expected):
+  device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+  assert hardware(device) == expected
 
 
 def test_the_choice_of_decoding_names_its_reason():

@@ -140,7 +140,7 @@ def test_train_step_measures_side_by_side(tmp_path):
 
 
 def test_attention_measures_side_by_side():
-  ended = bench('attention', '--lengths=64', '--heads=2', '--key_heads=1', '--width=8',
+  ended = bench('attention', '--lengths=64', '--heads=2', '--key_heads=1', '--widths=8',
                 '--rounds=1', '--seconds=0', '--contenders=unrolled,blockwise,jax')
   assert ended.returncode == 0, ended.stderr
   for name in ('unrolled', 'blockwise', 'jax'):
@@ -160,10 +160,13 @@ def test_decode_measures_side_by_side():
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
     ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
+    ('attention', ['--contenders=cudnn'], '--contenders=cudnn is not one of unrolled, blockwise'),
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),
     ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3'),
     ('decode', ['--contenders=vllm'], '--contenders=vllm is not one of modehop, recompute, torch'),
-    ('decode', ['--tokens=0'], 'tokens')])
+    ('decode', ['--tokens=0'], 'tokens'),
+    ('compile_attention_gpu', ['--contenders=cudnn'], '--contenders=cudnn is not one of flash_gpu'),
+    ('compile_attention_gpu', ['--features=window+mask'], '--features=mask is not one of window')])
 def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
   ended = bench(module, *arguments)
   assert ended.returncode == 2
@@ -171,12 +174,14 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
   assert 'Traceback' not in ended.stderr
 
 
-@pytest.mark.parametrize('module', ['train_step', 'run_cost', 'attention', 'decode'])
-def test_help_teaches(module):
+@pytest.mark.parametrize('module, flag', [
+    ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
+    ('decode', '--rounds'), ('compile_attention_gpu', '--features')])
+def test_help_teaches(module, flag):
   ended = bench(module, '--help')
   assert ended.returncode == 0
   assert f'python -m experiments.benchmarks.{module}' in ended.stdout
-  assert '--rounds' in ended.stdout
+  assert flag in ended.stdout
 
 
 def test_only_an_absent_pytorch_is_a_reason_to_skip():

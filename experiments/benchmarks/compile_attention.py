@@ -1,0 +1,113 @@
+"""Compiles attention, forward and backward, for TPUs with no TPU at hand, beside JAX's own kernels.
+
+  python -m experiments.benchmarks.compile_attention --out=runs/compiled.jsonl
+  python -m experiments.benchmarks.compile_attention --cases=covering --out=runs/covering.jsonl
+
+Takes libtpu (pip install -e '.[test]' or '.[tpu]'). Causal attention inside shard_map on a whole
+topology, one row and four query heads (two key heads) per device; in half of the cases with a
+window. Contenders: modehop's `flash_tpu`, `jax.nn` (jax.nn.dot_product_attention), `jax flash` and
+`jax splash` (jax.experimental.pallas.ops.tpu, in blocks of 512). MB are the compiler's temporary
+bytes per device with all temporaries in HBM. Milliseconds are its estimate (optimal_seconds); it
+sees into a kernel only as far as the kernel's CostEstimate goes, which splash lacks and jax flash
+has for its forward pass alone, so there only flash_tpu and jax.nn compare. Every case is a line of
+--out; a repeated command goes on where it stopped.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+from absl import flags
+
+from experiments.benchmarks import command_line, tpu_programs
+from experiments.benchmarks.estimates import machine, table
+from parallelism.topologies import compile_only_devices
+from research.errors import UserError
+
+OUT = flags.DEFINE_string('out', 'runs/compile_attention.jsonl', 'where cases are kept, one a line')
+CASES = flags.DEFINE_enum('cases', 'all', ['all', 'covering'],
+                          'all, or 24 of flash_tpu in which every two values meet')
+NAMES = flags.DEFINE_list('contenders', list(tpu_programs.CONTENDERS), 'who is compiled, by name')
+TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'for which TPUs')
+
+
+def _known(path: pathlib.Path) -> dict[tpu_programs.Case, dict[str, Any]]:
+  """Returns the records of earlier commands by case."""
+  records = {}
+  if path.exists():
+    for line in path.read_text(encoding='utf-8').splitlines():
+      record = json.loads(line)
+      fields = tpu_programs.Case.__dataclass_fields__
+      records[tpu_programs.Case(**{name: record[name] for name in fields})] = record
+  return records
+
+
+def _compile_all(cases: list[tpu_programs.Case], path: pathlib.Path
+                 ) -> dict[tpu_programs.Case, dict[str, Any]]:
+  """Compiles what is not in the file yet; returns the records of all cases."""
+  records = _known(path)
+  left = [case for case in cases if case not in records]
+  print(f'{len(cases) - len(left)} of {len(cases)} cases are in {path}', flush=True)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  began = time.perf_counter()
+  with path.open('a', encoding='utf-8') as file:
+    for i, case in enumerate(left, 1):
+      records[case] = tpu_programs.compiled_case(case, tpu_programs.IN_HBM)
+      print(json.dumps(records[case]), file=file, flush=True)
+      seconds = time.perf_counter() - began
+      print(f'{i}/{len(left)}  {case.name}  {_megabytes(records[case])}  '
+            f'{records[case]["seconds"]:.1f} s  ETA {seconds / i * (len(left) - i):.0f} s',
+            flush=True)
+  return {case: records[case] for case in cases}
+
+
+def _megabytes(record: dict[str, Any]) -> str:
+  """Returns a record's temporary megabytes, or why it has none."""
+  return record['error'] if 'error' in record else f'{record["temporary_bytes"] / 1e6:.1f}'
+
+
+def _milliseconds(record: dict[str, Any]) -> str:
+  """Returns the compiler's estimate of a record in milliseconds."""
+  return '' if 'error' in record else f'{record["optimal_seconds"] * 1e3:.2f}'
+
+
+def _table(records: dict[tpu_programs.Case, dict[str, Any]], topology: str) -> str:
+  """Returns the table of a topology: temporary MB of everyone, and estimates that compare."""
+  here = {case: record for case, record in records.items() if case.topology == topology}
+  names = list(dict.fromkeys(case.contender for case in here))
+  timed = [name for name in ('flash_tpu', 'jax.nn') if name in names]
+  problems = dict.fromkeys((c.length, c.width, c.dtype, c.window) for c in here)
+  rows = []
+  for problem in problems:
+    found = {name: here[tpu_programs.Case(topology, name, *problem)] for name in names
+             if tpu_programs.Case(topology, name, *problem) in here}
+    L, E, dtype, window = problem
+    rows.append([f'L {L:,}, E {E}, {dtype}{f", window {window:,}" if window else ""}',
+                 *(_megabytes(found[name]) if name in found else '' for name in names),
+                 *(_milliseconds(found[name]) if name in found else '' for name in timed)])
+  return table([topology, *(f'{name} MB' for name in names), *(f'{name} ms' for name in timed)],
+               rows)
+
+
+def main() -> None:
+  for name, values, known in (('contenders', NAMES.value, tpu_programs.CONTENDERS),
+                              ('topologies', TOPOLOGIES.value, tpu_programs.TOPOLOGIES)):
+    for value in values:
+      if value not in known:
+        raise UserError(f'--{name}={value} is not one of {", ".join(known)}')
+  cases = tpu_programs.all_cases(NAMES.value, TOPOLOGIES.value)
+  if CASES.value == 'covering':
+    cases = tpu_programs.covering_cases()
+  try:
+    compile_only_devices(cases[0].topology)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  print(machine(), flush=True)
+  records = _compile_all(cases, pathlib.Path(OUT.value))
+  for topology in dict.fromkeys(case.topology for case in cases):
+    print(f'\n{_table(records, topology)}', flush=True)
+
+
+if __name__ == '__main__':
+  command_line.run(main)

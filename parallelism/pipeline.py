@@ -1,0 +1,179 @@
+"""Runs a pipeline schedule inside one compiled program: every stage on its own devices.
+
+Each tick of the table is one step of a scan. A stage looks up what it has to do, runs it under
+`lax.cond`, so that idle halves of a tick execute nothing, and hands its output to the next stage
+and its input's gradient to the previous one. Between forward and backward a stage stores the
+inputs of its chunks only; backward runs a chunk's forward again inside `jax.vjp`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from parallelism.schedules import IDLE, Schedule, slots
+
+AXIS = 'stage'
+
+
+class Parts(NamedTuple):
+  """A model cut into what the ends of the pipeline do and what every chunk does.
+
+  first(shared, micro) -> x; chunk(params, x, micro) -> (x, loss, sums); last(shared, x, micro) ->
+  (loss, sums). The losses are scalars and add up to the objective, over chunks, ends and
+  microbatches; sums are trees of scalars of one structure, added up the same way. x has one shape
+  throughout.
+  """
+
+  first: Callable[[Any, Any], jax.Array]
+  chunk: Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+  last: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class Row(NamedTuple):
+  """What one stage does in one tick: microbatch, chunk and slot of each half, IDLE if nothing."""
+
+  forward: jax.Array
+  forward_slot: jax.Array
+  backward: jax.Array
+  backward_slot: jax.Array
+
+
+class Carry(NamedTuple):
+  """What a stage holds between ticks."""
+
+  x: jax.Array  # the previous place's output
+  g: jax.Array  # the next place's gradient of its input
+  stored: jax.Array  # inputs of chunks, [slots, ...]
+  loss: jax.Array
+  sums: Any
+  d_chunks: Any
+  d_shared: Any
+  ran: jax.Array  # int32 [2]: forwards and backwards of this tick, counted where they run
+
+
+def _at(tree: Any, index: jax.Array) -> Any:
+  """Returns the entry of every leaf at an index of its leading axis."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _plus_at(tree: Any, index: jax.Array, addends: Any) -> Any:
+  """Returns the tree with addends added to one entry of every leaf."""
+  def add(x, addend):
+    old = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(x, old + addend.astype(x.dtype), index, 0)
+  return jax.tree.map(add, tree, addends)
+
+
+def _plus(tree: Any, addends: Any) -> Any:
+  """Returns the sum of two trees in the dtypes of the first."""
+  return jax.tree.map(lambda x, addend: x + addend.astype(x.dtype), tree, addends)
+
+
+class _Stage:
+  """One stage's work, traced once per program; the stage's number is a traced scalar."""
+
+  def __init__(self, parts: Parts, schedule: Schedule, chunks: Any, shared: Any, micros: Any):
+    self.parts, self.chunks, self.shared, self.micros = parts, chunks, shared, micros
+    self.number = jax.lax.axis_index(AXIS)
+    self.n_stages, self.n_chunks = schedule.n_stages, schedule.n_chunks
+
+  def _is_first(self, chunk: jax.Array) -> jax.Array:
+    return (self.number == 0) & (chunk == 0)
+
+  def _is_last(self, chunk: jax.Array) -> jax.Array:
+    return (self.number == self.n_stages - 1) & (chunk == self.n_chunks - 1)
+
+  def forward(self, row: Row, carry: Carry) -> Carry:
+    """Stores a chunk's input and computes its output; the last chunk's is left to backward."""
+    microbatch, chunk = row.forward
+    micro = _at(self.micros, microbatch)
+    x = jax.lax.cond(
+        self._is_first(chunk), lambda: self.parts.first(self.shared, micro).astype(carry.x.dtype),
+        lambda: carry.x)
+    y = jax.lax.cond(self._is_last(chunk), lambda: x,
+                     lambda: self.parts.chunk(_at(self.chunks, chunk), x, micro)[0])
+    return carry._replace(
+        x=y, stored=jax.lax.dynamic_update_index_in_dim(carry.stored, x, row.forward_slot, 0),
+        ran=carry.ran.at[0].add(1))
+
+  def backward(self, row: Row, carry: Carry) -> Carry:
+    """Adds the gradients of a chunk, and of the ends where it is at one."""
+    microbatch, chunk = row.backward
+    micro, params = _at(self.micros, microbatch), _at(self.chunks, chunk)
+    x = _at(carry.stored, row.backward_slot)
+
+    def inner(carry: Carry) -> tuple[Carry, jax.Array]:
+      (_, loss, sums), vjp = jax.vjp(lambda p, x: self.parts.chunk(p, x, micro), params, x)
+      d_params, d_x = vjp((carry.g, jnp.ones_like(loss), jax.tree.map(jnp.zeros_like, sums)))
+      return self._added(carry, chunk, loss, sums, d_params), d_x
+
+    def final(carry: Carry) -> tuple[Carry, jax.Array]:
+      def whole(p, shared, x):
+        x, loss, sums = self.parts.chunk(p, x, micro)
+        end_loss, end_sums = self.parts.last(shared, x, micro)
+        return loss + end_loss, _plus(sums, end_sums)
+      loss, vjp, sums = jax.vjp(whole, params, self.shared, x, has_aux=True)
+      d_params, d_shared, d_x = vjp(jnp.ones_like(loss))
+      carry = self._added(carry, chunk, loss, sums, d_params)
+      return carry._replace(d_shared=_plus(carry.d_shared, d_shared)), d_x
+
+    def through_first(carry: Carry) -> Carry:
+      _, vjp = jax.vjp(lambda shared: self.parts.first(shared, micro).astype(x.dtype), self.shared)
+      return carry._replace(d_shared=_plus(carry.d_shared, vjp(carry.g)[0]))
+
+    carry, d_x = jax.lax.cond(self._is_last(chunk), final, inner, carry)
+    carry = carry._replace(g=d_x)
+    return jax.lax.cond(self._is_first(chunk), through_first, lambda carry: carry, carry)
+
+  def _added(self, carry: Carry, chunk: jax.Array, loss, sums, d_params) -> Carry:
+    """Returns the carry with a chunk's loss, sums and gradients added."""
+    return carry._replace(loss=carry.loss + loss, sums=_plus(carry.sums, sums),
+                          d_chunks=_plus_at(carry.d_chunks, chunk, d_params),
+                          ran=carry.ran.at[1].add(1))
+
+  def tick(self, carry: Carry, rows: Row) -> tuple[Carry, jax.Array]:
+    """Runs one tick and exchanges with the neighbors; also returns what ran."""
+    row = _at(rows, self.number)
+    carry = carry._replace(ran=jnp.zeros_like(carry.ran))
+    carry = jax.lax.cond(row.forward[0] != IDLE, self.forward, lambda _, c: c, row, carry)
+    y = carry.x
+    carry = jax.lax.cond(row.backward[0] != IDLE, self.backward, lambda _, c: c, row, carry)
+    ring = range(self.n_stages)
+    onward = [(s, (s + 1) % self.n_stages) for s in ring]
+    back = [(s, (s - 1) % self.n_stages) for s in ring]
+    return carry._replace(x=jax.lax.ppermute(y, AXIS, onward),
+                          g=jax.lax.ppermute(carry.g, AXIS, back)), carry.ran
+
+
+def value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Callable:
+  """Returns f(chunks, shared, micros) -> (loss, sums), (gradients of chunks, of shared), ran.
+
+  To be called inside jit. Leaves of `chunks` are [S, C, ...]: entry [s, c] belongs to place
+  c * S + s of the model, split over the mesh axis 'stage'. Leaves of `micros` are [M, ...].
+  `shared` is what the ends use; every stage holds it. The other mesh axes stay with the compiler.
+  `ran`, int32 [ticks, S, 2], counts the forwards and backwards that stages ran.
+  """
+  kept = slots(schedule)
+  rows = Row(*map(jnp.asarray, (schedule.forward, kept.forward, schedule.backward, kept.backward)))
+
+  def run(chunks: Any, shared: Any, micros: Any):
+    chunks = jax.tree.map(lambda x: x[0], chunks)
+    stage = _Stage(parts, schedule, chunks, shared, micros)
+    x = jax.eval_shape(parts.first, shared, jax.tree.map(lambda x: x[0], micros))
+    _, loss, sums = jax.eval_shape(
+        parts.chunk, jax.tree.map(lambda x: x[0], chunks), x, jax.tree.map(lambda x: x[0], micros))
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    carry = Carry(zeros(x), zeros(x), jnp.zeros((kept.n_slots, *x.shape), x.dtype), zeros(loss),
+                  zeros(sums), zeros(chunks), zeros(shared), jnp.zeros(2, jnp.int32))
+    carry, ran = jax.lax.scan(stage.tick, carry, rows)
+    loss, sums, d_shared = jax.lax.psum((carry.loss, carry.sums, carry.d_shared), AXIS)
+    d_chunks = jax.tree.map(lambda x: x[None], carry.d_chunks)
+    return (loss, sums), (d_chunks, d_shared), ran[:, None]
+
+  by_stage, whole = PartitionSpec(AXIS), PartitionSpec()
+  return jax.shard_map(
+      run, mesh=mesh, axis_names={AXIS}, in_specs=(by_stage, whole, whole),
+      out_specs=((whole, whole), (by_stage, whole), PartitionSpec(None, AXIS)), check_vma=False)
