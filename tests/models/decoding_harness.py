@@ -147,3 +147,32 @@ LONG = {
   'long': Case((150, 97, 0, 33), M=150),
   'long, window': Case((150, 97, 0, 33), M=150, window=40, alibi=True, ahead=1, softcap=1.0),
 }
+
+
+def programs(attend) -> dict[str, tuple]:
+  """Returns (function, abstract arguments) by name: calls of real sizes, for compilers only.
+
+  Every width and dtype, grouped heads of three kinds, both caches, all features at once.
+  """
+  sizes = {
+    f'{dtype}, width {E}, {H} over {K} heads': Case((0,) * 4, 1000, H, K, E, dtype=dtype, ahead=1)
+    for dtype in TOLERANCE for E, H, K in ((32, 8, 8), (64, 8, 1), (128, 32, 8), (256, 12, 4))
+  }
+  sizes['every feature'] = Case(
+    (0,) * 4, 4096, 32, 8, 128, 700, softcap=20.0, alibi=True, ahead=1, dtype='bfloat16'
+  )
+  result = {}
+  for name, case in sizes.items():
+    B, dtype = len(case.lengths), jnp.dtype(case.dtype)
+    lengths_B = jax.ShapeDtypeStruct((B,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((2, B, case.K, case.M, case.E), dtype)
+    J = -(-case.M // PAGE)
+    pages = jax.ShapeDtypeStruct((2, B * J, case.K, PAGE, case.E), dtype)
+    table_BJ = jax.ShapeDtypeStruct((B, J), jnp.int32)
+    query = jax.ShapeDtypeStruct((B, case.H, case.E), dtype)
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    call = functools.partial(attend, **case.options())
+    caches = ContiguousCache(rows, rows, lengths_B), PagedCache(pages, pages, table_BJ, lengths_B)
+    for cache, ending in zip(caches, ('', ', in pages')):
+      result[name + ending] = call, (query, cache, layer)
+  return result

@@ -169,7 +169,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
   graphdef, params = model_of(TINY)
   with pytest.raises(ValueError, match='prompt of 20 tokens and 5 new ones.*context_length=24'):
     generate(graphdef, params, make_prompts([[1] * 20, [1]]), max_tokens=5)
-  assert generate(graphdef, params, make_prompts([[1] * 20]), max_tokens=4).tokens_BT.shape == (1, 4)
+  fitting = generate(graphdef, params, make_prompts([[1] * 20]), max_tokens=4)
+  assert fitting.tokens_BT.shape == (1, 4)
   with pytest.raises(ValueError, match='prompt of 25 tokens.*model.context_length=24'):
     prefill(graphdef, params, make_prompts([[1] * 25]), capacity=30)
   with pytest.raises(ValueError, match='capacity=3 is less than the longest prompt, 4 tokens'):

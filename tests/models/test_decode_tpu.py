@@ -5,12 +5,15 @@ import functools
 import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import jax.numpy as jnp
 import pytest
 
 from models.kernels import decode_tpu
 from models.kernels.decoding import ContiguousCache, PagedCache
-from tests.models.decoding_harness import CASES, LONG, Case, errors, in_pages, rejected
+from tests.models.decoding_harness import (
+  CASES, LONG, Case, errors, in_pages, programs, rejected,
+)
 
 EVERY = {**CASES, **LONG}
 
@@ -50,6 +53,19 @@ def test_kernels_have_no_races_and_read_nothing_unwritten(name, dma, page):
   measured = errors(strict, case)
   assert not rejected(measured, case), measured
   assert not interpret_pallas_call.races.races_found
+
+
+PROGRAMS = programs(decode_tpu.attention)
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_kernels_of_real_sizes_lower_for_tpus(name):
+  call, arguments = PROGRAMS[name]
+  device = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
+  mesh = AbstractMesh((1,), ('x',), axis_types=(AxisType.Auto,), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=('tpu',))
+  assert 'tpu_custom_call' in lowered.as_text()
 
 
 def test_a_chunk_of_pages_fits_its_buffers():

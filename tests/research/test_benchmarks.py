@@ -147,6 +147,15 @@ def test_attention_measures_side_by_side():
     assert f'| {name} |' in ended.stdout
 
 
+def test_decode_measures_side_by_side():
+  # Contenders whose tokens differ are refused, so a table means that they agree.
+  ended = bench('decode', '--size=tiny', '--rows=2', '--prompt=5', '--tokens=9', '--rounds=1',
+                '--seconds=0', '--contenders=modehop,recompute')
+  assert ended.returncode == 0, ended.stderr
+  for name in ('modehop', 'recompute'):
+    assert f'| {name} |' in ended.stdout
+
+
 @pytest.mark.parametrize('module, arguments, says', [
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
@@ -154,6 +163,8 @@ def test_attention_measures_side_by_side():
     ('attention', ['--contenders=cudnn'], '--contenders=cudnn is not one of unrolled, blockwise'),
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),
     ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3'),
+    ('decode', ['--contenders=vllm'], '--contenders=vllm is not one of modehop, recompute, torch'),
+    ('decode', ['--tokens=0'], 'tokens'),
     ('compile_attention_gpu', ['--contenders=cudnn'], '--contenders=cudnn is not one of flash_gpu'),
     ('compile_attention_gpu', ['--features=window+mask'], '--features=mask is not one of window')])
 def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
@@ -165,7 +176,7 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
 
 @pytest.mark.parametrize('module, flag', [
     ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
-    ('compile_attention_gpu', '--features')])
+    ('decode', '--rounds'), ('compile_attention_gpu', '--features')])
 def test_help_teaches(module, flag):
   ended = bench(module, '--help')
   assert ended.returncode == 0
