@@ -1,8 +1,9 @@
 """Owns attention in plain XLA whose memory is linear in the length: the one for CPUs.
 
-Queries are cut into blocks of rows; each block sees its reachable keys only. Neighbouring
-blocks of like reach share one loop, so the program stays small. Backward computes the
-weights again from the saved log-sum-exp (Dao et al. 2022, algorithm 4).
+Queries are cut into blocks of rows, and one loop goes over them; each sees about its reachable
+keys only, of which there are a few numbers, each with a branch of its own. Backward computes
+the weights again from the saved log-sum-exp (Dao et al. 2022, algorithm 4). Letters here: Z
+lanes, a row of the batch and a key head each.
 """
 
 import dataclasses
@@ -16,239 +17,214 @@ import numpy as np
 from models.kernels.interface import HIDDEN, Attended, Mask, check_operands, softcapped
 from models.products import transposed_product
 
-MAX_GROUPS = 8  # loops in the program; more skip more dead keys of a causal mask
+MAX_SIZES = 16  # numbers of keys; more skip more dead keys of a causal mask
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """Consecutive blocks of queries that look at equally many keys.
+class Reaches(NamedTuple):
+  """What each block of queries looks at: sizes[size] keys from `start`, lists over blocks."""
 
-  Block i of the group has queries (first_block + i) * block and on, and the `n_keys` keys
-  from key_starts[i].
-  """
-
-  first_block: int
-  key_starts: tuple[int, ...]
-  n_keys: int
-
-  @property
-  def blocks(self) -> slice:
-    """Which of all blocks these are."""
-    return slice(self.first_block, self.first_block + len(self.key_starts))
+  sizes: tuple[int, ...]
+  size: tuple[int, ...]
+  start: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What is static: the mask, the blocks and the scalar options."""
+  """What is static: the mask, rows of a block and the scalar options."""
 
   mask: Mask
   block: int
   scale: float
   softcap: float
-  slopes_KG: Optional[tuple[tuple[float, ...], ...]]
 
 
 class Rows(NamedTuple):
-  """What a block of queries brings: everything leads with the number of blocks in a loop."""
+  """What a block of queries brings; in the loop everything leads with the number of blocks."""
 
-  q_BKGLE: jax.Array
-  segment_ids_BL: Optional[jax.Array]
+  q_ZGLE: jax.Array
+  segment_ids_ZL: Optional[jax.Array]
   index: jax.Array  # key index of the first query
+  size: jax.Array  # which of the numbers of keys
   key_start: jax.Array
 
 
 class Keys(NamedTuple):
   """All keys of the call."""
 
-  k_BKME: jax.Array
-  v_BKME: jax.Array
-  segment_ids_BM: Optional[jax.Array]
+  k_ZME: jax.Array
+  v_ZME: jax.Array
+  segment_ids_ZM: Optional[jax.Array]
 
 
-def groups(mask: Mask, n_queries: int, n_keys: int, block: int) -> list[Group]:
-  """Returns the loops that cover all blocks of queries."""
-  n_blocks = -(-n_queries // block)
-  reaches = [
-    mask.reach(i * block, min((i + 1) * block, n_queries), n_keys) for i in range(n_blocks)
+def reaches(mask: Mask, n_queries: int, n_keys: int, block: int) -> Reaches:
+  """Returns what the blocks of queries look at, in at most MAX_SIZES different numbers of keys."""
+  ranges = [
+    mask.reach(start, min(start + block, n_queries), n_keys)
+    for start in range(0, n_queries, block)
   ]
-  cuts = sorted({n_blocks * i // MAX_GROUPS for i in range(MAX_GROUPS + 1)})
-  result: list[Group] = []
-  for first, last in zip(cuts, cuts[1:]):
-    longest = max(1, *(high - low for low, high in reaches[first:last]))
-    starts = tuple(min(low, n_keys - longest) for low, _ in reaches[first:last])
-    if result and result[-1].n_keys == longest:
-      previous = result.pop()
-      first, starts = previous.first_block, previous.key_starts + starts
-    result.append(Group(first, starts, longest))
-  return result
+  step = -(-max(1, *(high - low for low, high in ranges)) // MAX_SIZES)
+  rounded = [min(max(1, -(-(high - low) // step)) * step, n_keys) for low, high in ranges]
+  sizes = tuple(sorted(set(rounded)))
+  starts = tuple(min(low, n_keys - size) for (low, _), size in zip(ranges, rounded))
+  return Reaches(sizes, tuple(map(sizes.index, rounded)), starts)
 
 
 def _take(keys: Keys, start: jax.Array, n_keys: int) -> Keys:
   """Returns `n_keys` keys from `start`."""
-  slices = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=n_keys)
-  segments = keys.segment_ids_BM
-  return Keys(
-    slices(keys.k_BKME, axis=2), slices(keys.v_BKME, axis=2),
-    None if segments is None else slices(segments, axis=1),
+  cut = functools.partial(
+    jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=n_keys, axis=1
   )
+  return Keys(cut(keys.k_ZME), cut(keys.v_ZME), jax.tree.map(cut, keys.segment_ids_ZM))
 
 
-def _logits(problem: Problem, rows: Rows, keys: Keys) -> tuple[jax.Array, jax.Array]:
-  """Returns soft-capped products and biased, masked logits, float32 [B, K, G * L, M]."""
-  B, K, G, L, E = rows.q_BKGLE.shape
-  M = keys.k_BKME.shape[2]
-  products_BKRM = jnp.einsum(
-    'bkre,bkme->bkrm', rows.q_BKGLE.reshape(B, K, G * L, E), keys.k_BKME,
+def _logits(
+  problem: Problem, slopes_ZG: Optional[jax.Array], rows: Rows, keys: Keys
+) -> tuple[jax.Array, jax.Array]:
+  """Returns soft-capped products and biased, masked logits, float32 [Z, G * L, M]."""
+  Z, G, L, E = rows.q_ZGLE.shape
+  M = keys.k_ZME.shape[1]
+  products_ZRM = jnp.einsum(
+    'zre,zme->zrm', rows.q_ZGLE.reshape(Z, G * L, E), keys.k_ZME,
     preferred_element_type=jnp.float32,
   )
-  capped_BKRM = softcapped(products_BKRM * problem.scale, problem.softcap)
+  capped_ZRM = softcapped(products_ZRM * problem.scale, problem.softcap)
   queries_L1 = rows.index + np.arange(L)[:, None]
   keys_M = rows.key_start + np.arange(M)
-  visible_BLM = problem.mask.visible(queries_L1, keys_M)[None]
-  if rows.segment_ids_BL is not None and keys.segment_ids_BM is not None:
-    same_BLM = rows.segment_ids_BL[:, :, None] == keys.segment_ids_BM[:, None]
-    visible_BLM = visible_BLM & same_BLM & (keys.segment_ids_BM != 0)[:, None]
-  logits_BKGLM = capped_BKRM.reshape(B, K, G, L, M)
-  if problem.slopes_KG is not None:
-    slopes_KG11 = np.array(problem.slopes_KG, np.float32)[:, :, None, None]
-    logits_BKGLM -= slopes_KG11 * jnp.abs(queries_L1 - keys_M).astype(jnp.float32)
-  hidden_BLM = jnp.where(visible_BLM, np.float32(0), np.float32(HIDDEN))
-  logits_BKGLM += hidden_BLM[:, None, None]
-  return capped_BKRM, logits_BKGLM.reshape(B, K, G * L, M)
+  visible_ZLM = problem.mask.visible(queries_L1, keys_M)[None]
+  if rows.segment_ids_ZL is not None and keys.segment_ids_ZM is not None:
+    same_ZLM = rows.segment_ids_ZL[:, :, None] == keys.segment_ids_ZM[:, None]
+    visible_ZLM = visible_ZLM & same_ZLM & (keys.segment_ids_ZM != 0)[:, None]
+  logits_ZGLM = capped_ZRM.reshape(Z, G, L, M)
+  if slopes_ZG is not None:
+    distance_LM = jnp.abs(queries_L1 - keys_M).astype(jnp.float32)
+    logits_ZGLM -= slopes_ZG[:, :, None, None] * distance_LM
+  logits_ZGLM += jnp.where(visible_ZLM, np.float32(0), np.float32(HIDDEN))[:, None]
+  return capped_ZRM, logits_ZGLM.reshape(Z, G * L, M)
 
 
-def _forward_rows(problem: Problem, rows: Rows, keys: Keys) -> tuple[jax.Array, jax.Array]:
-  """Returns the output [B, K, G, L, E] and log-sum-exp [B, K, G, L] of a block."""
-  _, logits_BKRM = _logits(problem, rows, keys)
+def _forward_block(
+  problem: Problem, slopes_ZG: Optional[jax.Array], rows: Rows, keys: Keys
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output [Z, G, L, E] and log-sum-exp [Z, G, L] of a block."""
+  _, logits_ZRM = _logits(problem, slopes_ZG, rows, keys)
   # At least HIDDEN / 2: a query that sees no key has weights 0, not 1.
-  top_BKR1 = jnp.maximum(jnp.max(logits_BKRM, axis=-1, keepdims=True), HIDDEN / 2)
-  weights_BKRM = jnp.exp(logits_BKRM - top_BKR1)
-  total_BKR1 = jnp.sum(weights_BKRM, axis=-1, keepdims=True)
-  out_BKRE = jnp.einsum(
-    'bkrm,bkme->bkre', weights_BKRM.astype(keys.v_BKME.dtype), keys.v_BKME,
+  top_ZR1 = jnp.maximum(jnp.max(logits_ZRM, axis=-1, keepdims=True), HIDDEN / 2)
+  weights_ZRM = jnp.exp(logits_ZRM - top_ZR1)
+  total_ZR1 = jnp.sum(weights_ZRM, axis=-1, keepdims=True)
+  out_ZRE = jnp.einsum(
+    'zrm,zme->zre', weights_ZRM.astype(keys.v_ZME.dtype), keys.v_ZME,
     preferred_element_type=jnp.float32,
   )
-  seen_BKR1 = total_BKR1 > 0
-  total_BKR1 = jnp.where(seen_BKR1, total_BKR1, 1)
-  lse_BKR1 = jnp.where(seen_BKR1, top_BKR1 + jnp.log(total_BKR1), HIDDEN)
-  out_BKRE = (out_BKRE / total_BKR1).astype(rows.q_BKGLE.dtype)
-  shape = rows.q_BKGLE.shape
-  return out_BKRE.reshape(shape), lse_BKR1.reshape(shape[:-1])
+  seen_ZR1 = total_ZR1 > 0
+  total_ZR1 = jnp.where(seen_ZR1, total_ZR1, 1)
+  lse_ZR1 = jnp.where(seen_ZR1, top_ZR1 + jnp.log(total_ZR1), HIDDEN)
+  out_ZRE = (out_ZRE / total_ZR1).astype(rows.q_ZGLE.dtype)
+  shape = rows.q_ZGLE.shape
+  return out_ZRE.reshape(shape), lse_ZR1.reshape(shape[:-1])
 
 
 class Cotangents(NamedTuple):
   """What backward knows of a block of queries: forward's results and their cotangents."""
 
-  lse_BKGL: jax.Array
-  inner_BKGL: jax.Array  # sum over E of out * its cotangent, minus that of the log-sum-exp
-  g_BKGLE: jax.Array
+  lse_ZGL: jax.Array
+  inner_ZGL: jax.Array  # sum over E of out * its cotangent, minus that of the log-sum-exp
+  g_ZGLE: jax.Array
 
 
-def _backward_rows(
-  problem: Problem, rows: Rows, keys: Keys, cotangents: Cotangents
+def _backward_block(
+  problem: Problem, slopes_ZG: Optional[jax.Array], rows: Rows, keys: Keys, cotangents: Cotangents
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the gradients of a block's queries and, from it, of its keys and values."""
-  B, K, G, L, E = rows.q_BKGLE.shape
-  q_BKRE = rows.q_BKGLE.reshape(B, K, G * L, E)
-  g_BKRE = cotangents.g_BKGLE.reshape(B, K, G * L, E)
-  capped_BKRM, logits_BKRM = _logits(problem, rows, keys)
-  lse_BKR1 = jnp.maximum(cotangents.lse_BKGL, HIDDEN / 2).reshape(B, K, G * L, 1)
-  weights_BKRM = jnp.exp(logits_BKRM - lse_BKR1)
-  d_weights_BKRM = jnp.einsum(
-    'bkre,bkme->bkrm', g_BKRE, keys.v_BKME, preferred_element_type=jnp.float32
+  Z, G, L, E = rows.q_ZGLE.shape
+  q_ZRE = rows.q_ZGLE.reshape(Z, G * L, E)
+  g_ZRE = cotangents.g_ZGLE.reshape(Z, G * L, E)
+  capped_ZRM, logits_ZRM = _logits(problem, slopes_ZG, rows, keys)
+  lse_ZR1 = jnp.maximum(cotangents.lse_ZGL, HIDDEN / 2).reshape(Z, G * L, 1)
+  weights_ZRM = jnp.exp(logits_ZRM - lse_ZR1)
+  d_weights_ZRM = jnp.einsum(
+    'zre,zme->zrm', g_ZRE, keys.v_ZME, preferred_element_type=jnp.float32
   )
-  inner_BKR1 = cotangents.inner_BKGL.reshape(B, K, G * L, 1)
-  d_logits_BKRM = weights_BKRM * (d_weights_BKRM - inner_BKR1) * problem.scale
+  inner_ZR1 = cotangents.inner_ZGL.reshape(Z, G * L, 1)
+  d_logits_ZRM = weights_ZRM * (d_weights_ZRM - inner_ZR1) * problem.scale
   if problem.softcap:
-    d_logits_BKRM *= 1 - (capped_BKRM / problem.softcap) ** 2
-  d_logits_BKRM = d_logits_BKRM.astype(q_BKRE.dtype)
-  d_q_BKRE = jnp.einsum('bkrm,bkme->bkre', d_logits_BKRM, keys.k_BKME)
-  d_k_BKME = transposed_product(d_logits_BKRM, q_BKRE, jnp.float32)
-  d_v_BKME = transposed_product(weights_BKRM.astype(g_BKRE.dtype), g_BKRE, jnp.float32)
-  return d_q_BKRE.reshape(rows.q_BKGLE.shape), d_k_BKME, d_v_BKME
+    d_logits_ZRM *= 1 - (capped_ZRM / problem.softcap) ** 2
+  d_logits_ZRM = d_logits_ZRM.astype(q_ZRE.dtype)
+  d_q_ZRE = jnp.einsum('zrm,zme->zre', d_logits_ZRM, keys.k_ZME)
+  d_k_ZME = transposed_product(d_logits_ZRM, q_ZRE, jnp.float32)
+  d_v_ZME = transposed_product(weights_ZRM.astype(g_ZRE.dtype), g_ZRE, jnp.float32)
+  return d_q_ZRE.reshape(rows.q_ZGLE.shape), d_k_ZME, d_v_ZME
+
+
+def _blocks(
+  problem: Problem, q_NZGLE: jax.Array, segments_NZL: Optional[jax.Array], keys: Keys
+) -> tuple[Rows, tuple[int, ...]]:
+  """Returns what all blocks of queries bring, and the numbers of keys that they look at."""
+  N = q_NZGLE.shape[0]
+  seen = reaches(problem.mask, N * problem.block, keys.k_ZME.shape[1], problem.block)
+  index_N = np.arange(N) * problem.block + problem.mask.q_offset
+  scalars = (jnp.asarray(x, jnp.int32) for x in (index_N, seen.size, seen.start))
+  return Rows(q_NZGLE, segments_NZL, *scalars), seen.sizes
+
+
+def _forward(problem: Problem, q_NZGLE, slopes_ZG, segments_NZL, keys: Keys):
+  """Returns outputs and log-sum-exp of all blocks, and what backward needs."""
+  blocks, sizes = _blocks(problem, q_NZGLE, segments_NZL, keys)
+
+  def of_size(n_keys: int, rows: Rows):
+    return _forward_block(problem, slopes_ZG, rows, _take(keys, rows.key_start, n_keys))
+
+  branches = [functools.partial(of_size, n_keys) for n_keys in sizes]
+  result = jax.lax.map(lambda rows: jax.lax.switch(rows.size, branches, rows), blocks)
+  return result, (q_NZGLE, slopes_ZG, segments_NZL, keys, *result)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(problem: Problem, q_NZGLE, slopes_ZG, segments_NZL, keys: Keys):
+  """Returns outputs [N, Z, G, block, E] and log-sum-exp [N, Z, G, block]."""
+  return _forward(problem, q_NZGLE, slopes_ZG, segments_NZL, keys)[0]
+
+
+def _backward(problem: Problem, residuals, g):
+  """Returns the gradients of queries, keys and values, a block of queries at a time."""
+  q_NZGLE, slopes_ZG, segments_NZL, keys, out_NZGLE, lse_NZGL = residuals
+  g_NZGLE, g_lse_NZGL = g
+  inner_NZGL = jnp.sum(out_NZGLE.astype(jnp.float32) * g_NZGLE.astype(jnp.float32), axis=-1)
+  cotangents = Cotangents(lse_NZGL, inner_NZGL - g_lse_NZGL, g_NZGLE)
+  blocks, sizes = _blocks(problem, q_NZGLE, segments_NZL, keys)
+
+  def of_size(n_keys: int, totals, rows: Rows, cotangents: Cotangents):
+    taken = _take(keys, rows.key_start, n_keys)
+    d_q_ZGLE, *d_keys = _backward_block(problem, slopes_ZG, rows, taken, cotangents)
+    return [_added(t, d, rows.key_start) for t, d in zip(totals, d_keys)], d_q_ZGLE
+
+  branches = [functools.partial(of_size, n_keys) for n_keys in sizes]
+  (d_k_ZME, d_v_ZME), d_q_NZGLE = jax.lax.scan(
+    lambda totals, inputs: jax.lax.switch(inputs[0].size, branches, totals, *inputs),
+    [jnp.zeros(x.shape, jnp.float32) for x in (keys.k_ZME, keys.v_ZME)], (blocks, cotangents),
+  )
+  dtype, d_slopes_ZG = keys.k_ZME.dtype, jax.tree.map(jnp.zeros_like, slopes_ZG)
+  return d_q_NZGLE, d_slopes_ZG, None, Keys(d_k_ZME.astype(dtype), d_v_ZME.astype(dtype), None)
+
+
+def _added(total_ZME: jax.Array, part_ZME: jax.Array, start: jax.Array) -> jax.Array:
+  """Returns the total with a part added to the keys from `start`."""
+  old_ZME = jax.lax.dynamic_slice_in_dim(total_ZME, start, part_ZME.shape[1], axis=1)
+  return jax.lax.dynamic_update_slice_in_dim(total_ZME, old_ZME + part_ZME, start, axis=1)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _in_lanes(x_BMKE: jax.Array) -> jax.Array:
+  """Returns [B, M, K, E] as [Z, M, E]."""
+  B, M, K, E = x_BMKE.shape
+  return x_BMKE.transpose(0, 2, 1, 3).reshape(B * K, M, E)
 
 
 def _blocked(x: jax.Array, axis: int, block: int) -> jax.Array:
   """Returns x with `axis` cut into whole blocks, [n_blocks, ..., block, ...]."""
   shape = x.shape[:axis] + (x.shape[axis] // block, block) + x.shape[axis + 1 :]
   return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-
-def _unblocked(x: jax.Array, axis: int) -> jax.Array:
-  """Returns the inverse of `_blocked`."""
-  x = jnp.moveaxis(x, 0, axis)
-  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _group_rows(
-  problem: Problem, group: Group, q_NBKGLE: jax.Array, segments_NBL: Optional[jax.Array]
-) -> Rows:
-  """Returns the blocks of a group, stacked."""
-  blocks = group.blocks
-  index_N = np.arange(blocks.start, blocks.stop) * problem.block + problem.mask.q_offset
-  return Rows(
-    q_NBKGLE[blocks], None if segments_NBL is None else segments_NBL[blocks],
-    jnp.asarray(index_N, jnp.int32), jnp.asarray(group.key_starts, jnp.int32),
-  )
-
-
-def _problem_groups(problem: Problem, n_blocks: int, n_keys: int) -> list[Group]:
-  """Returns the groups of all blocks."""
-  return groups(problem.mask, n_blocks * problem.block, n_keys, problem.block)
-
-
-def _forward(problem: Problem, q_NBKGLE, segments_NBL, keys: Keys):
-  """Returns outputs and log-sum-exp of all blocks, and what backward needs."""
-  outs = []
-  for group in _problem_groups(problem, q_NBKGLE.shape[0], keys.k_BKME.shape[2]):
-
-    def step(rows: Rows, n_keys: int = group.n_keys):
-      return _forward_rows(problem, rows, _take(keys, rows.key_start, n_keys))
-
-    outs.append(jax.lax.map(step, _group_rows(problem, group, q_NBKGLE, segments_NBL)))
-  result = jax.tree.map(lambda *xs: jnp.concatenate(xs), *outs)
-  return result, (q_NBKGLE, segments_NBL, keys, *result)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(problem: Problem, q_NBKGLE, segments_NBL, keys: Keys):
-  """Returns outputs [N, B, K, G, block, E] and log-sum-exp [N, B, K, G, block]."""
-  return _forward(problem, q_NBKGLE, segments_NBL, keys)[0]
-
-
-def _backward(problem: Problem, residuals, g):
-  """Returns the gradients of queries, keys and values, a block of queries at a time."""
-  q_NBKGLE, segments_NBL, keys, out_NBKGLE, lse_NBKGL = residuals
-  g_NBKGLE, g_lse_NBKGL = g
-  inner_NBKGL = jnp.sum(out_NBKGLE.astype(jnp.float32) * g_NBKGLE.astype(jnp.float32), axis=-1)
-  cotangents = Cotangents(lse_NBKGL, inner_NBKGL - g_lse_NBKGL, g_NBKGLE)
-  totals = [jnp.zeros(x.shape, jnp.float32) for x in (keys.k_BKME, keys.v_BKME)]
-  d_q = []
-  for group in _problem_groups(problem, q_NBKGLE.shape[0], keys.k_BKME.shape[2]):
-
-    def step(totals, inputs: tuple[Rows, Cotangents], n_keys: int = group.n_keys):
-      rows, cotangents = inputs
-      d_q, *d_keys = _backward_rows(
-        problem, rows, _take(keys, rows.key_start, n_keys), cotangents
-      )
-      return [_added(t, d, rows.key_start) for t, d in zip(totals, d_keys)], d_q
-
-    rows = _group_rows(problem, group, q_NBKGLE, segments_NBL)
-    totals, d_q_NBKGLE = jax.lax.scan(
-      step, totals, (rows, jax.tree.map(lambda x: x[group.blocks], cotangents))
-    )
-    d_q.append(d_q_NBKGLE)
-  d_k, d_v = (t.astype(keys.k_BKME.dtype) for t in totals)
-  return jnp.concatenate(d_q), None, Keys(d_k, d_v, None)
-
-
-def _added(total_BKME: jax.Array, part_BKME: jax.Array, start: jax.Array) -> jax.Array:
-  """Returns the total with a part added to the keys from `start`."""
-  old = jax.lax.dynamic_slice_in_dim(total_BKME, start, part_BKME.shape[2], axis=2)
-  return jax.lax.dynamic_update_slice_in_dim(total_BKME, old + part_BKME, start, axis=2)
-
-
-_attend.defvjp(_forward, _backward)
 
 
 def attention(
@@ -262,21 +238,26 @@ def attention(
   )
   B, L, H, E = q_BLHE.shape
   K = k_BMKE.shape[2]
+  Z, G = B * K, H // K
   block = min(block, L)
   padding = -L % block
-  slopes_KG = None
-  if alibi_slopes_H is not None:
-    slopes_KG = tuple(map(tuple, np.asarray(alibi_slopes_H).reshape(K, -1).tolist()))
-  problem = Problem(mask, block, scale, softcap, slopes_KG)
   if key_segment_ids_BM is None:
     key_segment_ids_BM = segment_ids_BL
   q_BLHE = jnp.pad(q_BLHE, ((0, 0), (0, padding), (0, 0), (0, 0)))
-  q_BKGLE = q_BLHE.reshape(B, L + padding, K, H // K, E).transpose(0, 2, 3, 1, 4)
-  segments_NBL = None
-  if segment_ids_BL is not None:
-    segments_NBL = _blocked(jnp.pad(segment_ids_BL, ((0, 0), (0, padding))), 1, block)
-  keys = Keys(k_BMKE.transpose(0, 2, 1, 3), v_BMKE.transpose(0, 2, 1, 3), key_segment_ids_BM)
-  out_NBKGLE, lse_NBKGL = _attend(problem, _blocked(q_BKGLE, 3, block), segments_NBL, keys)
-  out_BLHE = _unblocked(out_NBKGLE, 3).transpose(0, 3, 1, 2, 4).reshape(B, -1, H, E)
-  lse_BHL = _unblocked(lse_NBKGL, 3).reshape(B, H, -1)
-  return Attended(out_BLHE[:, :L], lse_BHL[:, :, :L])
+  q_ZGLE = q_BLHE.reshape(B, -1, K, G, E).transpose(0, 2, 3, 1, 4).reshape(Z, G, -1, E)
+  slopes_ZG = segments_NZL = segments_ZM = None
+  if alibi_slopes_H is not None:
+    slopes_ZG = jnp.tile(jnp.asarray(alibi_slopes_H, jnp.float32).reshape(K, G), (B, 1))
+  if segment_ids_BL is not None and key_segment_ids_BM is not None:
+    segments_ZL = jnp.repeat(jnp.pad(segment_ids_BL, ((0, 0), (0, padding))), K, axis=0)
+    segments_NZL, segments_ZM = _blocked(segments_ZL, 1, block), jnp.repeat(
+      key_segment_ids_BM, K, axis=0
+    )
+  keys = Keys(_in_lanes(k_BMKE), _in_lanes(v_BMKE), segments_ZM)
+  problem = Problem(mask, block, scale, softcap)
+  out_NZGLE, lse_NZGL = _attend(
+    problem, _blocked(q_ZGLE, 2, block), slopes_ZG, segments_NZL, keys
+  )
+  out_BLHE = out_NZGLE.reshape(-1, B, K, G, block, E).transpose(1, 0, 4, 2, 3, 5)
+  lse_BHL = lse_NZGL.reshape(-1, B, H, block).transpose(1, 2, 0, 3)
+  return Attended(out_BLHE.reshape(B, -1, H, E)[:, :L], lse_BHL.reshape(B, H, -1)[:, :, :L])
