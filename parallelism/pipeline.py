@@ -148,6 +148,22 @@ class _Stage:
                           g=jax.lax.ppermute(carry.g, AXIS, back)), carry.ran
 
 
+def _zeros(tree: Any) -> Any:
+  """Returns zeros of the shapes and dtypes of a tree."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+def _check(schedule: Schedule, chunks: Any, micros: Any) -> None:
+  """Raises ValueError where parameters or microbatches are not those of the schedule."""
+  for what, tree, sizes in (
+      ('chunks', chunks, (schedule.n_stages, schedule.n_chunks)),
+      ('micros', micros, (schedule.n_microbatches,))):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      if leaf.shape[:len(sizes)] != sizes:
+        raise ValueError(f'{what}{jax.tree_util.keystr(path)} of shape {leaf.shape} does not begin '
+                         f'with {sizes}, as {schedule.name} of {schedule.n_stages} stages wants')
+
+
 def value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Callable:
   """Returns f(chunks, shared, micros) -> (loss, sums), (gradients of chunks, of shared), ran.
 
@@ -155,7 +171,12 @@ def value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Callable:
   c * S + s of the model, split over the mesh axis 'stage'. Leaves of `micros` are [M, ...].
   `shared` is what the ends use; every stage holds it. The other mesh axes stay with the compiler.
   `ran`, int32 [ticks, S, 2], counts the forwards and backwards that stages ran.
+
+  Raises:
+    ValueError: the mesh, parameters or microbatches do not have the schedule's numbers.
   """
+  if mesh.shape[AXIS] != schedule.n_stages:
+    raise ValueError(f'the mesh has {mesh.shape[AXIS]} stages, the schedule {schedule.n_stages}')
   kept = slots(schedule)
   rows = Row(*map(jnp.asarray, (schedule.forward, kept.forward, schedule.backward, kept.backward)))
 
@@ -165,15 +186,19 @@ def value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Callable:
     x = jax.eval_shape(parts.first, shared, jax.tree.map(lambda x: x[0], micros))
     _, loss, sums = jax.eval_shape(
         parts.chunk, jax.tree.map(lambda x: x[0], chunks), x, jax.tree.map(lambda x: x[0], micros))
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-    carry = Carry(zeros(x), zeros(x), jnp.zeros((kept.n_slots, *x.shape), x.dtype), zeros(loss),
-                  zeros(sums), zeros(chunks), zeros(shared), jnp.zeros(2, jnp.int32))
+    carry = Carry(_zeros(x), _zeros(x), jnp.zeros((kept.n_slots, *x.shape), x.dtype), _zeros(loss),
+                  _zeros(sums), _zeros(chunks), _zeros(shared), jnp.zeros(2, jnp.int32))
     carry, ran = jax.lax.scan(stage.tick, carry, rows)
     loss, sums, d_shared = jax.lax.psum((carry.loss, carry.sums, carry.d_shared), AXIS)
     d_chunks = jax.tree.map(lambda x: x[None], carry.d_chunks)
     return (loss, sums), (d_chunks, d_shared), ran[:, None]
 
   by_stage, whole = PartitionSpec(AXIS), PartitionSpec()
-  return jax.shard_map(
+  mapped = jax.shard_map(
       run, mesh=mesh, axis_names={AXIS}, in_specs=(by_stage, whole, whole),
       out_specs=((whole, whole), (by_stage, whole), PartitionSpec(None, AXIS)), check_vma=False)
+
+  def checked(chunks: Any, shared: Any, micros: Any):
+    _check(schedule, chunks, micros)
+    return mapped(chunks, shared, micros)
+  return checked

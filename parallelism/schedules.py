@@ -55,8 +55,7 @@ class Schedule:
 
 
 def _groups(n_stages: int, n_microbatches: int, n_chunks: int) -> list[Work]:
-  """Returns the order in which a stage takes its work: S microbatches through all chunks, then
-  the next S."""
+  """Returns a stage's work in order: S microbatches through all chunks, then the next S."""
   return [Work(m, chunk) for start in range(0, n_microbatches, n_stages)
           for chunk in range(n_chunks)
           for m in range(start, min(start + n_stages, n_microbatches))]

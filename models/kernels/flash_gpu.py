@@ -119,7 +119,10 @@ def _backward(problem: Problem, residuals, g):
   g_BLHE, g_lse_BHL = g
   products_BLHE = out_BLHE.astype(jnp.float32) * g_BLHE.astype(jnp.float32)
   inner_BHL = jnp.sum(products_BLHE, axis=-1).swapaxes(1, 2) - g_lse_BHL
-  known = (g_BLHE, jnp.maximum(lse_BHL, HIDDEN / 2) * LOG2E, inner_BHL)
+  # A padded query weighs nothing, also where backward takes its block for one without a mask.
+  is_real_L = np.arange(lse_BHL.shape[-1]) < problem.n_queries
+  lse_BHL = jnp.where(is_real_L, jnp.maximum(lse_BHL, HIDDEN / 2) * LOG2E, -HIDDEN)
+  known = (g_BLHE, lse_BHL, inner_BHL)
   d_q_BLHE = queries_gradient(problem, operands, known)
   d_k_BMKE, d_v_BMKE = keys_gradients(problem, operands, known)
   d_slopes_H = jnp.zeros_like(operands.slopes_H)

@@ -97,6 +97,40 @@ def queries_gradient(problem: Problem, operands: Operands, known: Known) -> jax.
   )
 
 
+def _each_head(place: Place, operands: Operands, run: Callable, carry: Any) -> Any:
+  """Runs run(query head, step at which block 0 would come, carry) over a key head's group."""
+  n_heads = operands.q_BLHE.shape[2] // operands.k_BMKE.shape[2]
+
+  def body(i: jax.Array, carry: Any) -> Any:
+    return run(place.head * n_heads + i, i * place.n_blocks - place.low, carry)
+
+  return jax.lax.fori_loop(0, n_heads, body, carry)
+
+
+def _copy_queries(
+  problem: Problem, block: int, place: Place, operands: Operands, known: Known, ring_q: Ring,
+  ring_g: Ring,
+) -> None:
+  """Copies the blocks of queries and of what is known of them that a tile of keys visits."""
+  (g_BLHE, lse_BHL, inner_BHL), b = known, place.batch
+
+  def of_head(head: jax.Array, first: jax.Array, _) -> None:
+    def put(i: jax.Array, _) -> None:
+      at = pl.ds(i * block, block)
+      segments = problem.segments(operands.q_segments_BL.at[b, at])
+      ring_q.put(
+        first + i, [operands.q_BLHE.at[b, at, head], lse_BHL.at[b, head, at], *segments]
+      )
+      ring_g.put(first + i, [g_BLHE.at[b, at, head], inner_BHL.at[b, head, at]])
+
+    jax.lax.fori_loop(place.low, place.low + place.n_blocks, put, None)
+
+  _each_head(place, operands, of_head, None)
+  n_steps = operands.q_BLHE.shape[2] // operands.k_BMKE.shape[2] * place.n_blocks
+  ring_q.drain(n_steps)
+  ring_g.drain(n_steps)
+
+
 def _keys_kernel(
   wanted: str, problem: Problem, block: int, parts: Parts, place: Place, operands: Operands,
   g_BLHE, lse_BHL, inner_BHL, *refs,
@@ -104,31 +138,6 @@ def _keys_kernel(
   """Computes the gradients of a tile of keys, 'k', of its values, 'v', or of both, 'kv'."""
   *results_BMKE, held_kv, ring_q, ring_g = refs
   warpgroup, b = problem.warpgroup, place.batch
-  n_heads = operands.q_BLHE.shape[2] // operands.k_BMKE.shape[2]
-
-  def each_head(run: Callable, carry: Any) -> Any:
-    """Runs run(query head, step at which block 0 would come, carry) over the group's heads."""
-
-    def body(i: jax.Array, carry: Any) -> Any:
-      return run(place.head * n_heads + i, i * place.n_blocks - place.low, carry)
-
-    return jax.lax.fori_loop(0, n_heads, body, carry)
-
-  def copy() -> None:
-    def of_head(head: jax.Array, first: jax.Array, _) -> None:
-      def put(i: jax.Array, _) -> None:
-        at = pl.ds(i * block, block)
-        segments = problem.segments(operands.q_segments_BL.at[b, at])
-        ring_q.put(
-          first + i, [operands.q_BLHE.at[b, at, head], lse_BHL.at[b, head, at], *segments]
-        )
-        ring_g.put(first + i, [g_BLHE.at[b, at, head], inner_BHL.at[b, head, at]])
-
-      jax.lax.fori_loop(place.low, place.low + place.n_blocks, put, None)
-
-    each_head(of_head, None)
-    ring_q.drain(n_heads * place.n_blocks)
-    ring_g.drain(n_heads * place.n_blocks)
 
   def compute() -> None:
     k_RE, v_RE, *segments_R = held_kv.fetch(place.group, [
@@ -164,7 +173,7 @@ def _keys_kernel(
 
       return place.walk(parts, step, sums)
 
-    sums = each_head(of_head, {x: warpgroup.full(k_RE.shape, 0.0, MATRIX) for x in wanted})
+    sums = _each_head(place, operands, of_head, {x: warpgroup.full(k_RE.shape, 0.0, MATRIX) for x in wanted})
     blocks, scales = {'k': k_RE, 'v': v_RE}, {'k': problem.scale, 'v': 1.0}
     for x in wanted:
       blocks[x][...] = (sums[x] * scales[x]).astype(k_RE.dtype)
@@ -173,6 +182,8 @@ def _keys_kernel(
       plgpu.copy_smem_to_gmem(blocks[x], result_BMKE.at[b, place.rows, place.head])
     plgpu.wait_smem_to_gmem(0)
 
+  known = (g_BLHE, lse_BHL, inner_BHL)
+  copy = functools.partial(_copy_queries, problem, block, place, operands, known, ring_q, ring_g)
   in_roles(place, copy, compute)
 
 

@@ -329,7 +329,7 @@ def _check_supported(q_BLHE: jax.Array, q_block: int, k_block: int) -> None:
     raise ValueError(
       f'flash_tpu takes heads of width 32 to 256 in steps of 8, not {width}; blockwise takes it'
     )
-  if q_block % LANES or k_block % LANES:
+  if min(q_block, k_block) < LANES or q_block % LANES or k_block % LANES:
     raise ValueError(f'blocks {q_block} and {k_block} of flash_tpu are not multiples of {LANES}')
 
 

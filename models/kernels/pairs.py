@@ -65,7 +65,8 @@ def live_ranges(pairs: Pairs, *, by_keys: bool) -> np.ndarray:
   for i in range(len(ranges)):
     blocks = other[owner == i]
     whole = blocks[pairs.flags[owner == i] & MASKED == 0]
-    assert np.ptp(blocks) == len(blocks) - 1, 'a gap between live blocks'
+    for run in (blocks, whole):
+      assert len(run) == 0 or np.ptp(run) == len(run) - 1, 'a gap between blocks'
     low, high = blocks[0], blocks[-1] + 1
     ranges[i] = (low, whole[0], whole[-1] + 1, high) if len(whole) else (low, high, high, high)
   return ranges

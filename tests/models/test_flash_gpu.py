@@ -36,6 +36,12 @@ CASES = {
     B=1, L=140, M=140, H=2, K=1, E=40, mask=Mask(chunk=48, q_offset=-30), softcap=0.7
   ),
   'wide heads': Case(B=1, L=130, M=130, H=2, K=1, E=192, scale=-0.07),
+  'padded queries that see nothing': Case(
+    B=1, L=65, M=128, H=1, K=1, E=64, mask=Mask(chunk=128, q_offset=63)
+  ),
+  'large logits under a soft-cap': Case(
+    B=1, L=100, M=100, H=1, K=1, E=64, scale=2.0, softcap=50.0
+  ),
   'batch and window both ways': Case(
     B=2, L=130, M=100, H=1, K=1, E=128, mask=Mask(causal=False, window=30), segments=True
   ),
@@ -72,11 +78,14 @@ def test_every_feature_equals_the_oracle(case):
 @given(
   lengths=st.tuples(st.integers(1, 200), st.integers(1, 200)), K=st.sampled_from([1, 2]),
   width=st.integers(32, 128), causal=st.booleans(), window=st.integers(0, 150),
-  q_offset=st.integers(-50, 100), segments=st.booleans(),
+  chunk=st.integers(0, 150), q_offset=st.integers(-50, 100), segments=st.booleans(),
+  alibi=st.booleans(),
 )
-def test_any_shape(lengths, K, width, causal, window, q_offset, segments):
-  mask = Mask(causal, window, 0, q_offset)
-  case = Case(*lengths, B=1, H=2, K=K, E=width, mask=mask, segments=segments)
+def test_any_shape(lengths, K, width, causal, window, chunk, q_offset, segments, alibi):
+  mask = Mask(causal, window, chunk, q_offset)
+  case = Case(
+    *lengths, B=1, H=2, K=K, E=width, mask=mask, segments=segments, alibi=alibi
+  )
   with interpreter() as attend:
     measured = errors(attend, case, 'bfloat16')
   assert not rejected(measured, 'bfloat16'), measured

@@ -104,6 +104,16 @@ def test_a_wrong_table_gives_wrong_gradients():
   assert relative(d_chunks['in'][1], want['in'][1]) < 1e-6
 
 
+@pytest.mark.parametrize('S, M, C, says', [
+    (2, 4, 1, 'the mesh has 2 stages, the schedule 4'),
+    (4, 3, 1, r"micros\['scale'\] of shape \(3,\) does not begin with \(4,\), as 1f1b of 4"),
+    (4, 4, 2, r"chunks\['in'\] of shape \(4, 2, 16, 16\) does not begin with \(4, 1\)")])
+def test_what_does_not_fit_the_schedule_is_refused(S, M, C, says):
+  with pytest.raises(ValueError, match=says):
+    jax.eval_shape(pipeline.value_and_grad(PARTS, schedule('1f1b', 4, 4), mesh_of(S, 1)),
+                   *problem(S, M, C))
+
+
 def _temporary_bytes(name: str, S: int, M: int, width: int = 512) -> int:
   """Returns the compiler's temporary bytes per device of a step over long rows."""
   def of(shape, dtype=jnp.float32):
