@@ -29,7 +29,8 @@ TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'divides logits; 0 takes th
 TOP_K = flags.DEFINE_integer('top_k', 0, 'draws among this many likeliest tokens; 0 is all')
 TOP_P = flags.DEFINE_float(
     'top_p', 1.0, 'draws among the fewest likeliest tokens whose probability reaches this')
-SEED = flags.DEFINE_integer('seed', 0, 'of all draws')
+SEED = flags.DEFINE_integer(
+    'seed', 0, 'of all draws', lower_bound=0, upper_bound=2**31 - 1)
 STOP = flags.DEFINE_multi_string(
     'stop', [], 'text of one token that ends a text, beside the end of a document; may be given '
     'several times')

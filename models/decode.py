@@ -125,9 +125,8 @@ def _stepped(
   return _logits(model, hidden_BD), appended(cache, kv, cache.lengths_B + zero_B)
 
 
-def _check_room(config: ModelConfig, prompts: Prompts, n_tokens: int) -> None:
-  """Raises ValueError when a prompt and what comes after it exceed the model's context."""
-  longest = int(np.max(prompts.lengths_B))
+def check_room(config: ModelConfig, longest: int, n_tokens: int) -> None:
+  """Raises ValueError when the longest prompt and n_tokens more exceed the model's context."""
   if longest + n_tokens > config.context_length:
     raise ValueError(
       f'a prompt of {longest} tokens and {n_tokens} new ones exceed model.context_length='
@@ -142,8 +141,8 @@ def prefill(
 
   Raises ValueError when a prompt is longer than the capacity or the model's context.
   """
-  _check_room(transformer.apply(graphdef, params).config, prompts, 0)
   longest = int(np.max(prompts.lengths_B))
+  check_room(transformer.apply(graphdef, params).config, longest, 0)
   if longest > capacity:
     raise ValueError(f'capacity={capacity} is less than the longest prompt, {longest} tokens')
   return _prefill(graphdef, params, prompts, capacity)
@@ -177,7 +176,8 @@ def generate(
   """
   if max_tokens < 1:
     raise ValueError(f'max_tokens={max_tokens} must be at least 1')
-  _check_room(transformer.apply(graphdef, params).config, prompts, max_tokens)
+  longest = int(np.max(prompts.lengths_B))
+  check_room(transformer.apply(graphdef, params).config, longest, max_tokens)
   stop_S = np.asarray(stop, np.int32)
   return _generate(graphdef, params, prompts, stop_S, seed, sampling, max_tokens)
 

@@ -231,8 +231,8 @@ def _check_supported(q_BHE: jax.Array, cache: Cache, block: int) -> None:
     raise ValueError(
       f'decode_tpu takes heads of width 32 to 256 in steps of 8, not {width}; decode_xla takes it'
     )
-  if block % tile:
-    raise ValueError(f'block={block} of decode_tpu is not a multiple of {tile}')
+  if block < 1 or block % tile:
+    raise ValueError(f'block={block} of decode_tpu is not a multiple of {tile} from {tile} on')
   if isinstance(cache, PagedCache) and cache.k_NPKTE.shape[3] % tile:
     raise ValueError(
       f'decode_tpu takes pages of a multiple of {tile} tokens, not {cache.k_NPKTE.shape[3]}; '

@@ -48,7 +48,7 @@ def empty(R: int, E: int) -> Softmax:
   return Softmax(top_R1, jnp.zeros((R, 1), jnp.float32), jnp.zeros((R, E), jnp.float32))
 
 
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
   """Returns the float32 product of two matrices over one dimension of each."""
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jax.lax.dot_general(
@@ -65,7 +65,7 @@ def folded(
 
   Masked: keys outside the range weigh nothing, whatever memory holds in their place, NaN too.
   """
-  logits_RM = softcapped(_dot(q_RE, k_ME, (1, 1)) * problem.scale, problem.softcap)
+  logits_RM = softcapped(dot(q_RE, k_ME, (1, 1)) * problem.scale, problem.softcap)
   M = k_ME.shape[0]
   keys_1M = jax.lax.broadcasted_iota(jnp.int32, (1, M), 1) + start
   if problem.has_slopes:
@@ -79,7 +79,7 @@ def folded(
   weights_RM, fade_R1 = jnp.exp(logits_RM - top_R1), jnp.exp(softmax.top_R1 - top_R1)
   return Softmax(
     top_R1, softmax.total_R1 * fade_R1 + jnp.sum(weights_RM, axis=1, keepdims=True),
-    softmax.sum_RE * fade_R1 + _dot(weights_RM.astype(v_ME.dtype), v_ME, (1, 0)),
+    softmax.sum_RE * fade_R1 + dot(weights_RM.astype(v_ME.dtype), v_ME, (1, 0)),
   )
 
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from models.decode import Prompts, generate, make_prompts
+from models.decode import Prompts, check_room, generate, make_prompts
 from models.sampling import Sampling
-from parallelism.mesh import make_mesh
+from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research import config as config_lib
 from research.data import tokenizers
@@ -49,6 +52,11 @@ def sample_run(
     seed: int = 0) -> Iterator[Sample]:
   """Yields n_samples texts after every prompt; a text depends on its prompt, seed and number only.
 
+  The devices at hand may be others than those of training: attention and the form of the stack
+  are chosen for them, and the run's mesh is kept where it fits them. Where it does not, as many
+  devices as divide the width split the parameters (mesh.fsdp), over replicas of that (mesh.data).
+  Logits then differ in their last bits, so rarely a text may too.
+
   Args:
     run_dir: of a run with snapshots.
     prompts: texts to go on from; '' where documents of the run begin with a token.
@@ -57,10 +65,11 @@ def sample_run(
     max_tokens: length of a text in tokens, at most.
     sampling: how tokens are drawn.
     stop: texts of single tokens that end a text, beside the tokenizer's end of document.
-    seed: of all draws.
+    seed: of all draws, 0 to 2^31 - 1.
 
   Raises:
-    UserError: there is no such run or snapshot, or a prompt or stop cannot be used.
+    UserError: there is no such run or snapshot, a prompt or stop cannot be used, or a prompt
+      leaves no room for its text; before anything is loaded.
   """
   if not run_dir.manifest_json.exists():
     raise UserError(f'--run_dir={run_dir.whole} is not the directory of a run: it has no '
@@ -73,11 +82,11 @@ def sample_run(
   stop_ids = _stop_ids(stop, tokenizer)
   sampling = dataclasses.replace(sampling, n_tokens=tokenizer.vocab_size)
   try:
-    built = build_lib.build(config, make_mesh(config.mesh), manifest['numerics'])
+    check_room(config.model, max(map(len, encoded), default=0), max_tokens)
+    built = _build(config)
     params = built.place_params(SnapshotReader(run_dir.snapshots).params(step, built.params))
-    params, replicas = cast(params, 'float32'), built.mesh.shape['data'] * built.mesh.shape['fsdp']
-    write = built.in_mesh(generate)
-    for rows, batch in _batches(encoded, n_samples, replicas):
+    params, write = cast(params, 'float32'), built.in_mesh(generate)
+    for rows, batch in _batches(encoded, n_samples, _replicas(built.mesh)):
       generated = write(built.graphdef, params, batch, max_tokens=max_tokens, sampling=sampling,
                         stop=stop_ids, seed=seed)
       for (p, i), tokens_T, n, stopped in zip(rows, *map(np.asarray, generated)):
@@ -86,6 +95,28 @@ def sample_run(
     raise
   except ValueError as error:
     raise UserError(str(error)) from error
+
+
+def _mesh(config: config_lib.ExperimentConfig) -> Mesh:
+  """Returns the run's mesh, or one of all devices where that does not fit them."""
+  try:
+    return make_mesh(config.mesh)
+  except ValueError:  # that of other devices; texts need no particular one
+    return make_mesh(MeshConfig(fsdp=math.gcd(len(jax.devices()), config.model.d_model)))
+
+
+def _replicas(mesh: Mesh) -> int:
+  """Returns how many parts the mesh splits a batch into."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def _build(config: config_lib.ExperimentConfig) -> build_lib.Build:
+  """Returns the model of a run for the devices at hand, whatever it was trained on."""
+  mesh = _mesh(config)
+  return build_lib.build(dataclasses.replace(
+      config, model=dataclasses.replace(config.model, attention='auto', scan_layers='auto'),
+      # Rows are batched here; those of training need not suit this mesh.
+      data=dataclasses.replace(config.data, batch_size=_replicas(mesh))), mesh, {})
 
 
 def _batches(
@@ -127,7 +158,11 @@ def _encoded(prompt: str, tokenizer: Tokenizer, start_id: int | None) -> list[in
 def _stop_ids(stop: Sequence[str], tokenizer: Tokenizer) -> list[int]:
   ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
   for text in stop:
-    encoded = tokenizer.encode(text)
+    try:
+      encoded = tokenizer.encode(text)
+    except DataError as error:
+      raise UserError(f'--stop={text!r} is not among the words that this run knows, those of its '
+                      'tokenizer.json; a text never has it') from error
     if len(encoded) != 1:
       raise UserError(f'--stop={text!r} is {len(encoded)} tokens of this tokenizer; give the text '
                       'of a single token')

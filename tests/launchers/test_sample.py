@@ -1,6 +1,8 @@
 """Texts of a trained run from the command line, in one process and by whole recomputation."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,12 @@ import pytest
 
 from models import transformer
 from models.sampling import Sampling
-from parallelism.mesh import make_mesh
+from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research import config as config_lib
 from research.data import tokenizers
 from research.errors import UserError
+from research.evals import samples
 from research.evals.samples import sample_run
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader
@@ -74,6 +77,44 @@ def test_a_mesh_of_eight_devices_writes_what_one_device_writes(run_dir):
   assert [s.text for s in on_eight] == [recomputed(run_dir, 40, s.prompt, 9) for s in on_eight]
 
 
+def test_a_run_of_other_devices_writes_the_same(run_dir, tmp_path):
+  """Its kernels, mesh and batch are not for the eight devices at hand."""
+  theirs = RunDir(shutil.copytree(run_dir.path, tmp_path / 'run'))
+  config = config_lib.from_json(run_dir.config_json.read_text())
+  config = dataclasses.replace(
+      config, mesh=MeshConfig(data=2, fsdp=16),
+      data=dataclasses.replace(config.data, batch_size=33),
+      model=dataclasses.replace(config.model, attention='flash_tpu', scan_layers='scan'))
+  theirs.config_json.write_text(config_lib.as_json(config))
+  manifest = json.loads(run_dir.manifest_json.read_text())
+  manifest['numerics'] = {'n_micro': 3, 'attention': 'flash_tpu', 'scan_layers': 'scan'}
+  theirs.manifest_json.write_text(json.dumps(manifest))
+  texts = [s.text for s in sample_run(theirs, PROMPTS, sampling=GREEDY, max_tokens=9)]
+  assert texts == [recomputed(run_dir, 40, prompt, 9) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize('mesh, n_devices, chosen', [
+    (MeshConfig(data=2, tensor=4), 8, (2, 1, 4)),
+    (MeshConfig(data=1, fsdp=2), 8, (1, 2, 1)),
+    (MeshConfig(fsdp=16), 8, (1, 8, 1)),
+    (MeshConfig(tensor=4), 6, (3, 2, 1)),
+    (MeshConfig(data=4, fsdp=8), 1, (1, 1, 1)),
+])
+def test_the_mesh_of_a_run_is_kept_where_it_fits(mesh, n_devices, chosen, monkeypatch):
+  devices = jax.devices()[:n_devices]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
+  config = config_lib.ExperimentConfig(mesh=mesh)  # of width 128
+  assert tuple(samples._mesh(config).shape.values()) == chosen
+
+
+def test_room_is_checked_for_every_prompt_before_anything_is_built(run_dir, monkeypatch):
+  monkeypatch.setattr(samples, 'BATCH_ROWS', 8)
+  monkeypatch.setattr(build_lib, 'build', None)
+  long = ' '.join([PROMPTS[0]] * 15)  # 60 tokens
+  with pytest.raises(UserError, match='a prompt of .* exceed model.context_length=64'):
+    next(sample_run(run_dir, [PROMPTS[0]] * 20 + [long], max_tokens=9))
+
+
 def test_a_text_depends_on_prompt_seed_and_number_only(run_dir):
   texts = [s.text for s in sample_run(run_dir, PROMPTS, n_samples=3, max_tokens=9)]
   assert all(len(set(some)) == 3 for some in (texts[:3], texts[3:])) and texts[:3] != texts[3:]
@@ -102,6 +143,7 @@ def test_people_read_the_prompt_and_the_text(run_dir):
     (dict(prompts=['xylophone']), '--prompt=.xylophone.: this run knows a closed list of words'),
     (dict(step=30), '--step=30: no such snapshot in .*; it has .*20, 40'),
     (dict(stop=['the soup']), '--stop=.the soup. is 2 tokens'),
+    (dict(stop=['xylophone']), '--stop=.xylophone. is not among the words that this run knows'),
     (dict(max_tokens=64), 'exceed model.context_length=64'),
 ])
 def test_what_cannot_be_written_is_said_in_a_sentence(run_dir, options, says):
@@ -115,6 +157,8 @@ def test_what_cannot_be_written_is_said_in_a_sentence(run_dir, options, says):
     (['--run_dir=/dev/null', '--prompt=a'], '--run_dir=/dev/null is not the directory of a run'),
     (['--run_dir=x', '--prompt=a', '--top_p=2'], '--top_p=2.0 must be above 0 and at most 1'),
     (['--run_dir=x', '--prompt=a', '--n_samples=0'], 'n_samples'),
+    (['--run_dir=x', '--prompt=a', '--seed=2147483648'], 'seed'),
+    (['--run_dir=x', '--prompt=a', '--seed=-1'], 'seed'),
 ])
 def test_bad_flags_are_one_sentence(arguments, words):
   result = launch('sample', *arguments)

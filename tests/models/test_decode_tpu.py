@@ -14,6 +14,7 @@ from models.kernels.decoding import ContiguousCache, PagedCache
 from tests.models.decoding_harness import (
   CASES, LONG, Case, errors, in_pages, programs, rejected,
 )
+from tests.models.test_flash_tpu_interpret import WARN
 
 EVERY = {**CASES, **LONG}
 
@@ -25,6 +26,13 @@ def quick_compilation():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture
+def reset_interpreter():
+  """Forgets the interpreter's memory and semaphores, where copies nobody waited for remain."""
+  yield
+  interpret_pallas_call.reset_tpu_interpret_mode_state()
 
 
 def attend(block=32, **interpret):
@@ -53,6 +61,15 @@ def test_kernels_have_no_races_and_read_nothing_unwritten(name, dma, page):
   measured = errors(strict, case)
   assert not rejected(measured, case), measured
   assert not interpret_pallas_call.races.races_found
+
+
+def test_a_row_whose_blocks_two_cores_share_is_a_race(monkeypatch, reset_interpreter):
+  real = pltpu.CompilerParams
+  monkeypatch.setattr(pltpu, 'CompilerParams', lambda dimension_semantics: real(
+    dimension_semantics=('parallel',) * len(dimension_semantics)))
+  shared = attend(detect_races=True, num_cores_or_threads=2, **WARN)
+  errors(shared, Case((80,), M=96, H=8, K=1))
+  assert interpret_pallas_call.races.races_found
 
 
 PROGRAMS = programs(decode_tpu.attention)
@@ -90,6 +107,8 @@ KEYS, TABLE = jnp.zeros((1, 2, 2, 8, 32)), jnp.zeros((2, 1), jnp.int32)
    'not float16; decode_xla takes it'),
   (Q[..., :20], ContiguousCache(*[KEYS[..., :20]] * 2, LENGTHS), {}, 'not 20; decode_xla takes'),
   (Q, ContiguousCache(KEYS, KEYS, LENGTHS), dict(block=12), 'block=12 of decode_tpu'),
+  (Q, ContiguousCache(KEYS, KEYS, LENGTHS), dict(block=0), 'block=0 of decode_tpu is not a .* 8'),
+  (Q, ContiguousCache(KEYS, KEYS, LENGTHS), dict(block=-8), 'block=-8 of decode_tpu'),
   (Q, PagedCache(*[KEYS[:, :, :, :5]] * 2, TABLE, LENGTHS), {}, 'a multiple of 8 tokens, not 5'),
   (Q, ContiguousCache(KEYS, KEYS[:, :1], LENGTHS), {}, 'do not fit'),
 ])
@@ -109,7 +128,17 @@ def _copies_without_waiting(monkeypatch):
   monkeypatch.setattr(pltpu, 'make_async_copy', hasty)
 
 
-def test_a_kernel_that_does_not_wait_for_its_pages_is_rejected(monkeypatch):
+def test_copies_that_nobody_waits_for_are_a_race_where_their_keys_came_in_time(
+  monkeypatch, reset_interpreter
+):
+  _copies_without_waiting(monkeypatch)
+  case = in_pages(Case((40, 20), M=40))
+  eager = attend(detect_races=True, dma_execution_mode='eager', **WARN)
+  assert not rejected(errors(eager, case), case)
+  assert interpret_pallas_call.races.races_found
+
+
+def test_a_kernel_that_does_not_wait_for_its_pages_is_rejected(monkeypatch, reset_interpreter):
   _copies_without_waiting(monkeypatch)
   case = in_pages(Case((40, 20), M=40))
   measured = errors(attend(dma_execution_mode='on_wait', uninitialized_memory='nan'), case)
