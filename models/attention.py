@@ -24,6 +24,26 @@ def hardware(device: jax.Device) -> str:
   return device.platform
 
 
+def check_attention(config: ModelConfig, hardware: str) -> None:
+  """Raises ValueError where the kernels that `config.attention` names do not fit the model.
+
+  Those of XLA fit all.
+  """
+  kernels = {'flash_tpu': ('tpu', flash_tpu), 'flash_gpu': ('hopper', flash_gpu)}
+  if config.attention not in kernels:
+    return
+  needed, module = kernels[config.attention]
+  problem = None
+  if hardware != needed:
+    problem = f'is for {needed} devices, these are {hardware}'
+  elif not module.takes_width(config.d_head):
+    problem = f'takes no heads of width {config.d_head}'
+  elif config.attention == 'flash_gpu' and config.compute_dtype != 'bfloat16':
+    problem = f'takes model.compute_dtype=bfloat16, not {config.compute_dtype}'
+  if problem:
+    raise ValueError(f"model.attention={config.attention} {problem}; 'auto' or 'blockwise' works")
+
+
 def choose_attention(config: ModelConfig, hardware: str, length: int) -> tuple[str, str]:
   """Returns the name of the attention for rows of `length` on a kind of hardware, and why.
 
@@ -74,9 +94,8 @@ def choose_decode_attention(config: ModelConfig, platform: str) -> tuple[str, st
   return f'decode_{platform}', f'the devices are {platform.upper()}s'
 
 
-def configured_decode_attention(config: ModelConfig) -> DecodeAttention:
-  """Returns the attention of single tokens over a cache for the platform that computes."""
-  platform = jax.default_backend()
+def configured_decode_attention(config: ModelConfig, platform: str) -> DecodeAttention:
+  """Returns the attention of single tokens over a cache for a platform."""
   name, _ = choose_decode_attention(config, platform)
   return decode_xla.attention if name == 'decode_xla' else DECODE_KERNELS[platform].attention
 

@@ -306,7 +306,9 @@ class Transformer(nnx.Module):
 
     The cache is not changed. Its lengths have to be below the context length.
     """
-    attend = self.seams.attend_cached or configured_decode_attention(self.config)
+    attend = self.seams.attend_cached or configured_decode_attention(
+      self.config, jax.default_backend()
+    )
 
     def look(q_B1HE, k_B1KE, v_B1KE, layer, **options):
       out_B1HE = cached_attention(attend, q_B1HE, k_B1KE, v_B1KE, cache, layer, **options)

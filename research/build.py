@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from models import transformer
 from models.attention import (
+    check_attention,
     choose_attention,
     choose_decode_attention,
     configured_attention,
@@ -193,11 +194,12 @@ def _kernel(model: ModelConfig, mesh: Mesh):
 
 
 def _decode_kernel(model: ModelConfig, mesh: Mesh):
-  """Returns the model's decoding kernel run by shard_map, None for plain XLA or one device."""
-  name, _ = choose_decode_attention(model, mesh.devices.flat[0].platform)
-  if name == 'decode_xla' or mesh.size == 1:
-    return None
-  attend = decode_over_mesh(mesh, configured_decode_attention(model))
+  """Returns the attention of single tokens on the mesh's devices, kernels run by shard_map."""
+  platform = mesh.devices.flat[0].platform
+  attend = configured_decode_attention(model, platform)
+  if choose_decode_attention(model, platform)[0] == 'decode_xla' or mesh.size == 1:
+    return attend
+  attend = decode_over_mesh(mesh, attend)
   return lambda *arrays, **options: Decoded(*attend(*arrays, **options))
 
 
@@ -207,11 +209,13 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
   A choice that `numerics` lacks, as those of an older run may, is made anew.
 
   Raises:
-    ValueError: the mesh does not divide the batch or a parameter axis.
+    ValueError: the mesh does not divide the batch or a parameter axis, or the attention that the
+      config names is for other devices.
   """
   numerics = {**resolve_numerics(config, mesh), **numerics}
   model = dataclasses.replace(config.model, scan_layers=numerics['scan_layers'],
                               attention=numerics['attention'])
+  check_attention(model, hardware(mesh.devices.flat[0]))
   config = dataclasses.replace(config, model=model)
   seams = transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh),
                             attend_cached=_decode_kernel(model, mesh))

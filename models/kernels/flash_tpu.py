@@ -17,19 +17,11 @@ import numpy as np
 
 from models.kernels.blocks import blocks_for, device_kind
 from models.kernels.interface import HIDDEN, Attended, Mask, check_operands, softcapped
+from models.kernels.online import dot
 from models.kernels.pairs import FIRST, LAST, MASKED
 from models.kernels.tpu_grid import Operands, Problem, cost, specs, visited_pairs
 
 LANES = 128
-
-
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
-  """Returns the float32 product of two matrices over one dimension of each."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-    x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-    preferred_element_type=jnp.float32,
-  )
 
 
 def _column(row_1L: jax.Array) -> jax.Array:
@@ -63,7 +55,7 @@ def _logits(
   every product after them need not be transposed.
   """
   x, y = (refs.k_ME, refs.q_LE) if by_keys else (refs.q_LE, refs.k_ME)
-  products_LM = _dot(x[...], y[...], (1, 1))
+  products_LM = dot(x[...], y[...], (1, 1))
   capped_LM = softcapped(products_LM * problem.scale, problem.softcap)
   logits_LM = capped_LM
   shape = logits_LM.shape
@@ -123,7 +115,7 @@ def _forward_kernel(
     fade_LN = jnp.exp(old_LN - new_LN)
     total_LN[...] = total_LN[...] * fade_LN + jnp.sum(weights_LM, axis=1, keepdims=True)
     faded_LE = sum_LE[...] * _spread(fade_LN, sum_LE.shape[1])
-    sum_LE[...] = faded_LE + _dot(weights_LM.astype(v.dtype), v[...], (1, 0))
+    sum_LE[...] = faded_LE + dot(weights_LM.astype(v.dtype), v[...], (1, 0))
     top_LN[...] = new_LN
 
   def finish() -> None:
@@ -148,11 +140,11 @@ def _weights_and_gradient(
   lse_1L, inner_1L = jnp.maximum(rows_2L[:1], HIDDEN / 2), rows_2L[1:]
   if by_keys:
     weights_LM = jnp.exp(logits_LM - lse_1L)
-    d_weights_LM = _dot(refs.v_ME[...], g_LE[...], (1, 1)) - inner_1L
+    d_weights_LM = dot(refs.v_ME[...], g_LE[...], (1, 1)) - inner_1L
   else:
     M = logits_LM.shape[1]
     weights_LM = jnp.exp(logits_LM - _spread(_column(lse_1L), M))
-    d_weights_LM = _dot(g_LE[...], refs.v_ME[...], (1, 1)) - _spread(_column(inner_1L), M)
+    d_weights_LM = dot(g_LE[...], refs.v_ME[...], (1, 1)) - _spread(_column(inner_1L), M)
   d_logits_LM = weights_LM * d_weights_LM * problem.scale
   if problem.softcap:
     d_logits_LM *= 1 - (capped_LM / problem.softcap) ** 2
@@ -174,7 +166,7 @@ def _queries_kernel(
     _, d_logits_LM = _weights_and_gradient(
       problem, refs, slope, q_block[pair], k_block[pair], masked, g, rows, by_keys=False
     )
-    sum_LE[...] += _dot(d_logits_LM.astype(k.dtype), k[...], (1, 0))
+    sum_LE[...] += dot(d_logits_LM.astype(k.dtype), k[...], (1, 0))
 
   def finish() -> None:
     d_q_LE[...] = sum_LE[...].astype(d_q_LE.dtype)
@@ -199,8 +191,8 @@ def _keys_kernel(
     weights_ML, d_logits_ML = _weights_and_gradient(
       problem, refs, slope, q_block[pair], k_block[pair], masked, g, rows, by_keys=True
     )
-    sum_v_ME[...] += _dot(weights_ML.astype(g.dtype), g[...], (1, 0))
-    sum_k_ME[...] += _dot(d_logits_ML.astype(q.dtype), q[...], (1, 0))
+    sum_v_ME[...] += dot(weights_ML.astype(g.dtype), g[...], (1, 0))
+    sum_k_ME[...] += dot(d_logits_ML.astype(q.dtype), q[...], (1, 0))
 
   def finish() -> None:
     d_k_ME[...] = sum_k_ME[...].astype(d_k_ME.dtype)

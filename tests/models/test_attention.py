@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from models.attention import (
-  choose_attention, choose_decode_attention, configured_attention, hardware,
+  check_attention, choose_attention, choose_decode_attention, configured_attention, hardware,
 )
 from models.config import ModelConfig
 from models.kernels import blockwise, flash_tpu, oracle, unrolled
@@ -260,6 +260,19 @@ def test_the_choice_names_its_reason():
   assert choose_attention(halves, 'gpu', 256)[0] == 'blockwise'
   named = dataclasses.replace(config, attention='oracle')
   assert choose_attention(named, 'tpu', 256) == ('oracle', 'model.attention names it')
+
+
+@pytest.mark.parametrize('attention, changes, hardware_kind, says', [
+  ('flash_tpu', {}, 'cpu', "attention=flash_tpu is for tpu devices, these are cpu; 'auto'"),
+  ('flash_gpu', {}, 'gpu', 'is for hopper devices, these are gpu'),
+  ('flash_gpu', {}, 'hopper', 'takes model.compute_dtype=bfloat16, not float32'),
+  ('flash_tpu', {'d_head': 16}, 'tpu', 'takes no heads of width 16'),
+])
+def test_kernels_that_do_not_fit_are_refused(attention, changes, hardware_kind, says):
+  config = ModelConfig(attention=attention, **{'d_head': 64, **changes})
+  with pytest.raises(ValueError, match=says):
+    check_attention(config, hardware_kind)
+  check_attention(dataclasses.replace(config, attention='blockwise'), hardware_kind)
 
 
 @pytest.mark.parametrize('platform, capability, expected', [
