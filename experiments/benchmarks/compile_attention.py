@@ -22,14 +22,14 @@ from absl import flags
 
 from experiments.benchmarks import command_line, tpu_programs
 from experiments.benchmarks.estimates import machine, table
-from parallelism.topologies import compile_only_devices
+from parallelism.topologies import EXAMPLES, compile_only_devices
 from research.errors import UserError
 
 OUT = flags.DEFINE_string('out', 'runs/compile_attention.jsonl', 'where cases are kept, one a line')
 CASES = flags.DEFINE_enum('cases', 'all', ['all', 'covering'],
                           'all, or 24 of flash_tpu in which every two values meet')
 NAMES = flags.DEFINE_list('contenders', list(tpu_programs.CONTENDERS), 'who is compiled, by name')
-TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'for which TPUs')
+TOPOLOGIES = flags.DEFINE_list('topologies', list(EXAMPLES), 'for which TPUs')
 
 
 def _known(path: pathlib.Path) -> dict[tpu_programs.Case, dict[str, Any]]:
@@ -92,7 +92,7 @@ def _table(records: dict[tpu_programs.Case, dict[str, Any]], topology: str) -> s
 
 def main() -> None:
   for name, values, known in (('contenders', NAMES.value, tpu_programs.CONTENDERS),
-                              ('topologies', TOPOLOGIES.value, tpu_programs.TOPOLOGIES)):
+                              ('topologies', TOPOLOGIES.value, EXAMPLES)):
     for value in values:
       if value not in known:
         raise UserError(f'--{name}={value} is not one of {", ".join(known)}')

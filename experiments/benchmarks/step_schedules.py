@@ -19,10 +19,10 @@ import jax
 from experiments.benchmarks import command_line, schedules, tpu_programs
 from experiments.benchmarks.estimates import machine, table
 from models.kernels import flash_tpu
-from parallelism.topologies import compile_only_devices
+from parallelism.topologies import EXAMPLES, compile_only_devices
 from research.errors import UserError
 
-TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'for which TPUs')
+TOPOLOGIES = flags.DEFINE_list('topologies', list(EXAMPLES), 'for which TPUs')
 WIDTH = flags.DEFINE_integer('width', 128, 'width of a head')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', tpu_programs.DTYPES, 'of all operands')
 PRECISION = flags.DEFINE_enum('precision', 'default', ['default', 'highest'],

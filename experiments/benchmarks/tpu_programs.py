@@ -20,9 +20,8 @@ from models.kernels.interface import Mask
 from parallelism.attention import KEY_AXES, QUERY_AXES, over_mesh
 from parallelism.mesh import MeshConfig
 from parallelism.sharding import named_sharding
-from parallelism.topologies import compile_only_mesh
+from parallelism.topologies import EXAMPLES, compile_only_mesh
 
-TOPOLOGIES = ('v4:2x2x2', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4')
 LENGTHS = (1024, 4096, 32768)
 WIDTHS = (64, 128, 256)
 DTYPES = ('bfloat16', 'float32')
@@ -56,7 +55,7 @@ class Case:
 def covering_cases() -> list[Case]:
   """Returns 24 cases of ours in which every two values of different choices meet."""
   cases = []
-  for i, topology in enumerate(TOPOLOGIES):
+  for i, topology in enumerate(EXAMPLES):
     for j in range(6):
       name = 'v4:2x2x1' if topology == 'v4:2x2x2' and j % 2 else topology
       cases.append(Case(name, 'flash_tpu', LENGTHS[j % 3], WIDTHS[(i + j + j // 3) % 3],

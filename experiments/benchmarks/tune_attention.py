@@ -29,10 +29,10 @@ from experiments.benchmarks import command_line, schedules, tpu_programs
 from experiments.benchmarks.estimates import machine, table
 from models.kernels import flash_tpu
 from models.kernels.interface import Mask
-from parallelism.topologies import compile_only_devices
+from parallelism.topologies import EXAMPLES, compile_only_devices
 from research.errors import UserError
 
-TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'where no TPU is')
+TOPOLOGIES = flags.DEFINE_list('topologies', list(EXAMPLES), 'where no TPU is')
 WIDTHS = flags.DEFINE_list('widths', ['64', '128', '256'], 'head widths')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16'], 'of bfloat16, float32')
 LENGTH = flags.DEFINE_integer('length', 8192, 'tokens per row', lower_bound=1)

@@ -16,15 +16,7 @@ from tests.models.decoding_harness import (
 )
 
 EVERY = {**CASES, **LONG}
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiles without optimization: this file runs many programs once on tiny shapes."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def attend(block=32, **interpret):
