@@ -27,7 +27,7 @@ WIDTHS = (64, 128, 256)
 DTYPES = ('bfloat16', 'float32')
 WINDOW = 1000  # of the cases with a window; it ends inside a block
 HEADS, KEY_HEADS = 8, 4  # over the mesh; its tensor axis has two devices
-BLOCK = 512  # of jax's own kernels, whose default of 128 is a placeholder; ours defaults to it too
+BLOCK = 512  # of jax's own kernels, whose default of 128 is a placeholder
 # XLA keeps small temporaries in the fast memories, where memory_analysis does not count them, so
 # these put all of them into HBM: the growth in length becomes visible.
 IN_HBM = {f'xla_{space}_memory_space_assignment': 'false'
