@@ -159,7 +159,7 @@ def compiled_case(case: Case, options: dict[str, str] | None = None, **attend_op
     attend = functools.partial(CONTENDERS[case.contender], **attend_options)
     compiled = lowered(case, attend).compile(options)
   except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-    return {**record, 'error': _reason(error), 'seconds': time.perf_counter() - began}
+    return {**record, 'error': reason(error), 'seconds': time.perf_counter() - began}
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   calls = re.findall(r'%(\w+)\S* = .*custom_call_target="tpu_custom_call"', compiled.as_text())
   return {
@@ -170,8 +170,8 @@ def compiled_case(case: Case, options: dict[str, str] | None = None, **attend_op
       'kernels': sorted(calls), 'seconds': time.perf_counter() - began}
 
 
-def _reason(error: Exception) -> str:
-  """Returns the compiler's refusal in a few words."""
+def reason(error: Exception) -> str:
+  """Returns the refusal of a program in a few words."""
   text = ' '.join(str(error).split())
   hbm = re.search(r'HLO temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)', text)
   return f'out of memory: {hbm[1]} of {hbm[2]}' if hbm else text[:200]
