@@ -52,10 +52,11 @@ def _rows(topology: str, contender: str, folder: pathlib.Path) -> list[list[str]
 def main() -> None:
   if not flash_tpu.takes_width(WIDTH.value):
     raise UserError(f'--width={WIDTH.value} is not one that flash_tpu takes: 32 to 256 by 8')
+  topologies = command_line.chosen(TOPOLOGIES, EXAMPLES)
   print(machine(), flush=True)
   with tempfile.TemporaryDirectory() as folder:
     schedules.write_schedules_to(pathlib.Path(folder))
-    for topology in TOPOLOGIES.value:
+    for topology in topologies:
       try:
         compile_only_devices(topology)
       except ValueError as error:

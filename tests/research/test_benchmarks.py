@@ -210,7 +210,9 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
 
 @pytest.mark.parametrize('module, flag', [
     ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
-    ('decode', '--rounds'), ('compile_attention_gpu', '--features')])
+    ('decode', '--rounds'), ('compile_attention_gpu', '--features'),
+    ('compile_attention', '--cases'), ('tune_attention', '--blocks'),
+    ('step_schedules', '--precision')])
 def test_help_teaches(module, flag):
   ended = bench(module, '--help')
   assert ended.returncode == 0
