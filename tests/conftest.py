@@ -24,6 +24,15 @@ def shared_data() -> pathlib.Path:
   return SHARED_DATA
 
 
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """Compiles without optimization, for files that run many programs once on tiny shapes."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
 _skipped: list[str] = []
 
 

@@ -1,7 +1,7 @@
 """How the benchmarks read their command line and end."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import app, flags
@@ -35,6 +35,22 @@ def positive_numbers(flag: flags.FlagHolder, default: list[str] | None = None) -
     if not text.isdigit() or not int(text):
       raise UserError(f'--{flag.name}={text} is not a positive whole number')
   return [int(text) for text in texts]
+
+
+def chosen(flag: flags.FlagHolder, known: Iterable[str]) -> list[str]:
+  """Returns the names of a list flag, each once; all that are known where it is not given.
+
+  Raises:
+    UserError: one is not known, or there is none.
+  """
+  known = list(known)
+  names = known if flag.value is None else list(dict.fromkeys(flag.value))
+  for name in names:
+    if name not in known:
+      raise UserError(f'--{flag.name}={name} is not one of {", ".join(known)}')
+  if not names:
+    raise UserError(f'--{flag.name} is empty; name at least one of {", ".join(known)}')
+  return names
 
 
 def fail(error: Exception) -> None:

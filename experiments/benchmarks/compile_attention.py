@@ -10,10 +10,13 @@ window. Contenders: modehop's `flash_tpu`, `jax.nn` (jax.nn.dot_product_attentio
 bytes per device with all temporaries in HBM. Milliseconds are its estimate (optimal_seconds); it
 sees into a kernel only as far as the kernel's CostEstimate goes, which splash lacks and jax flash
 has for its forward pass alone, so there only flash_tpu and jax.nn compare. Every case is a line of
---out; a repeated command goes on where it stopped.
+--out with the commit (and a hash of uncommitted changes), JAX and libtpu that made it; a repeated
+command goes on where it stopped, and compiles again what another commit or version of these made.
 """
 
+import importlib.metadata
 import json
+import os
 import pathlib
 import time
 from typing import Any
@@ -22,38 +25,66 @@ from absl import flags
 
 from experiments.benchmarks import command_line, tpu_programs
 from experiments.benchmarks.estimates import machine, table
-from parallelism.topologies import compile_only_devices
+from parallelism.topologies import EXAMPLES, compile_only_devices
 from research.errors import UserError
+from research.training import manifest
 
 OUT = flags.DEFINE_string('out', 'runs/compile_attention.jsonl', 'where cases are kept, one a line')
 CASES = flags.DEFINE_enum('cases', 'all', ['all', 'covering'],
-                          'all, or 24 of flash_tpu in which every two values meet')
+                          'all, or 24 of flash_tpu in which every two values meet, which takes '
+                          'neither --contenders nor --topologies')
 NAMES = flags.DEFINE_list('contenders', list(tpu_programs.CONTENDERS), 'who is compiled, by name')
-TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'for which TPUs')
+TOPOLOGIES = flags.DEFINE_list('topologies', list(EXAMPLES), 'for which TPUs')
+BEGINNING = b'{"topology": '  # of every line of --out
+
+
+def _made_by() -> dict[str, str]:
+  """Returns what the programs depend on besides the case."""
+  return {'commit': manifest.code_version(),
+          **{name: importlib.metadata.version(name) for name in ('jax', 'libtpu')}}
 
 
 def _known(path: pathlib.Path) -> dict[tpu_programs.Case, dict[str, Any]]:
-  """Returns the records of earlier commands by case."""
+  """Returns the records of earlier commands by case, of a repeated case the last one.
+
+  Cuts off a last line without an end: its command was stopped while it wrote.
+
+  Raises:
+    UserError: a line is not a record.
+  """
+  lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
   records = {}
-  if path.exists():
-    for line in path.read_text(encoding='utf-8').splitlines():
+  for i, line in enumerate(lines[:-1], 1):
+    try:
       record = json.loads(line)
       fields = tpu_programs.Case.__dataclass_fields__
       records[tpu_programs.Case(**{name: record[name] for name in fields})] = record
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f'{path}, line {i} is not a case of this benchmark; '
+                      'choose another --out or remove the line') from error
+  if lines[-1]:
+    if not lines[-1].startswith(BEGINNING[:len(lines[-1])]):
+      raise UserError(f'{path}, line {len(lines)} is not a case of this benchmark; '
+                      'choose another --out or remove the line')
+    os.truncate(path, path.stat().st_size - len(lines[-1]))
+    print(f'{path}: line {len(lines)} was half-written and is cut off', flush=True)
   return records
 
 
 def _compile_all(cases: list[tpu_programs.Case], path: pathlib.Path
                  ) -> dict[tpu_programs.Case, dict[str, Any]]:
   """Compiles what is not in the file yet; returns the records of all cases."""
-  records = _known(path)
-  left = [case for case in cases if case not in records]
+  records, made_by = _known(path), _made_by()
+  current = {case for case, record in records.items() if made_by.items() <= record.items()}
+  left = [case for case in cases if case not in current]
   print(f'{len(cases) - len(left)} of {len(cases)} cases are in {path}', flush=True)
+  if n := sum(case in records for case in left):
+    print(f'{n} more are of another commit or version and are compiled again', flush=True)
   path.parent.mkdir(parents=True, exist_ok=True)
   began = time.perf_counter()
   with path.open('a', encoding='utf-8') as file:
     for i, case in enumerate(left, 1):
-      records[case] = tpu_programs.compiled_case(case, tpu_programs.IN_HBM)
+      records[case] = {**tpu_programs.compiled_case(case, tpu_programs.IN_HBM), **made_by}
       print(json.dumps(records[case]), file=file, flush=True)
       seconds = time.perf_counter() - began
       print(f'{i}/{len(left)}  {case.name}  {_megabytes(records[case])}  '
@@ -90,15 +121,20 @@ def _table(records: dict[tpu_programs.Case, dict[str, Any]], topology: str) -> s
                rows)
 
 
+def _cases() -> list[tpu_programs.Case]:
+  """Returns the cases of the flags; raises UserError for names that are not known."""
+  if CASES.value == 'all':
+    return tpu_programs.all_cases(command_line.chosen(NAMES, tpu_programs.CONTENDERS),
+                                  command_line.chosen(TOPOLOGIES, EXAMPLES))
+  for flag in (NAMES, TOPOLOGIES):
+    if flag.present:
+      raise UserError(f'--{flag.name} does not go with --cases=covering, whose cases are of '
+                      'flash_tpu on all topologies; leave one of the two out')
+  return tpu_programs.covering_cases()
+
+
 def main() -> None:
-  for name, values, known in (('contenders', NAMES.value, tpu_programs.CONTENDERS),
-                              ('topologies', TOPOLOGIES.value, tpu_programs.TOPOLOGIES)):
-    for value in values:
-      if value not in known:
-        raise UserError(f'--{name}={value} is not one of {", ".join(known)}')
-  cases = tpu_programs.all_cases(NAMES.value, TOPOLOGIES.value)
-  if CASES.value == 'covering':
-    cases = tpu_programs.covering_cases()
+  cases = _cases()
   try:
     compile_only_devices(cases[0].topology)
   except ValueError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks.shapes import Shape, Weights
+from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,36 @@ CONTENDERS = {
 }
 
 
+def reason_without_torch() -> str:
+  """Returns why nothing of PyTorch runs on this machine, '' where it is installed."""
+  if importlib.util.find_spec('torch') is None:
+    return "PyTorch is not installed; it is an extra: pip install -e '.[bench]'"
+  return ''
+
+
+def measurable(names: list[str], of_torch: str) -> list[str]:
+  """Returns the names without the contender of PyTorch where that is absent, which is printed.
+
+  Raises:
+    UserError: nobody is left.
+  """
+  reason = reason_without_torch()
+  if not reason or of_torch not in names:
+    return names
+  print(f'{of_torch}: skipped. {reason}', flush=True)
+  left = [name for name in names if name != of_torch]
+  if not left:
+    raise UserError('--contenders names nobody who can be measured')
+  return left
+
+
 def reason_to_skip(name: str) -> str:
   """Returns why this machine cannot run a contender, '' where it can."""
   contender = CONTENDERS[name]
   if contender.module != 'torch_step':
     return ''
-  if importlib.util.find_spec('torch') is None:
-    return "PyTorch is not installed; it is an extra: pip install -e '.[bench]'"
+  if reason := reason_without_torch():
+    return reason
   if contender.options['compiled'] and not shutil.which(os.environ.get('CXX', 'g++')):
     return 'torch.compile needs a C++ compiler (g++, or the one that CXX names)'
   return ''

@@ -11,7 +11,6 @@ of its own, blocked while another is timed; rounds are interleaved.
 """
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,9 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import command_line, shapes
+from experiments.benchmarks.contenders import measurable
 from experiments.benchmarks.estimates import estimate, machine, table
-from experiments.benchmarks.rounds import interleaved
+from experiments.benchmarks.rounds import Started, Step, interleaved
 from research.errors import UserError
 
 SIZE = flags.DEFINE_enum('size', '1M', list(shapes.SHAPES), 'parameters of the decoder')
@@ -102,10 +102,10 @@ def _torch(task: Task) -> Callable[[], np.ndarray]:
 CONTENDERS = {'modehop': _modehop, 'recompute': _recompute, 'torch': _torch}
 
 
-def _start(name: str, task: Task) -> tuple[Callable, np.ndarray]:
-  """Returns a contender's generation and the tokens that it writes."""
+def _start(name: str, task: Task) -> Started:
+  """Returns a contender's generation; its facts are the tokens that it writes."""
   run = CONTENDERS[name](task)
-  return run, run()
+  return Started({'generation': Step(run)}, run())
 
 
 def _compare(task: Task, names: list[str]) -> str:
@@ -115,9 +115,9 @@ def _compare(task: Task, names: list[str]) -> str:
       if not np.array_equal(facts[name], facts[names[0]]):
         raise UserError(f'{name} does not write the tokens that {names[0]} writes')
 
-  _, seconds = interleaved(
+  _, measured = interleaved(
       _start, {name: (name, task) for name in names}, check, ROUNDS.value, SECONDS.value)
-  rows = []
+  seconds, rows = {name: measured[name]['generation'] for name in names}, []
   for name in names:
     rate = estimate([task.n_rows * task.n_tokens / s for s in seconds[name]])
     ratio = estimate([s / first for s, first in zip(seconds[name], seconds[names[0]], strict=True)])
@@ -128,15 +128,7 @@ def _compare(task: Task, names: list[str]) -> str:
 
 
 def main() -> None:
-  for name in NAMES.value:
-    if name not in CONTENDERS:
-      raise UserError(f'--contenders={name} is not one of {", ".join(CONTENDERS)}')
-  names = list(dict.fromkeys(NAMES.value))
-  if 'torch' in names and importlib.util.find_spec('torch') is None:
-    names.remove('torch')
-    print("torch: skipped. PyTorch is absent; pip install -e '.[bench]'")
-  if not names:
-    raise UserError('--contenders names nobody who can be measured')
+  names = measurable(command_line.chosen(NAMES, CONTENDERS), of_torch='torch')
   print(machine(), flush=True)
   shape = dataclasses.replace(shapes.SHAPES[SIZE.value], length=PROMPT.value + TOKENS.value)
   print(f'\n{_compare(Task(shape, ROWS.value, PROMPT.value), names)}', flush=True)

@@ -4,6 +4,7 @@ A TPU core issues one bundle of instructions a cycle. libtpu can write the final
 program as text; its parts are told apart by the branches around them (`flash_tpu._on_pair`).
 """
 
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -13,15 +14,17 @@ import numpy as np
 
 from models.kernels.interface import Mask
 from models.kernels.pairs import MASKED, live_pairs
+from research.errors import UserError
 
 # Cycles per second (the published bf16 peak over the matrix units' size), bytes per second of HBM.
 CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
 BANDWIDTH = {'TPU v4': 1.228e12, 'TPU v5 lite': 0.819e12, 'TPU v5': 2.765e12,
              'TPU v6 lite': 1.64e12}
+READABLE = '0.0.52'  # the libtpu whose schedules these functions were written for
 BRANCH = 24  # bundles; branches around shorter code are waits for copies
 
 
-class UnknownSchedule(ValueError):
+class UnknownSchedule(UserError):
   """A schedule whose parts cannot be told apart."""
 
 
@@ -63,17 +66,26 @@ def parts(text: str, n_steps: int) -> Parts:
   sizes = [b - a for a, b in leaves if b - a > BRANCH][-n_steps - 2:]
   if len(sizes) != n_steps + 2:
     raise UnknownSchedule(f'the schedule of a kernel has parts of {sizes} bundles, not '
-                          f'{n_steps + 2} parts')
+                          f'{n_steps + 2} parts; blocks are very small, or libtpu '
+                          f'{importlib.metadata.version("libtpu")} writes them otherwise than '
+                          f'{READABLE}, which can be read')
   return Parts(last + 1 - sum(sizes), sizes[0], tuple(sizes[1:-1]), sizes[-1])
 
 
 def read_kernels(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the schedules in the folder of attention kernels, ours or JAX's own, by name."""
+  """Returns the schedules in the folder of attention kernels, ours or JAX's own, by name.
+
+  Raises:
+    UnknownSchedule: there is none.
+  """
   kernels = {}
   for path in sorted(folder.iterdir()):
     name = re.search(r'-((?:flash|splash)\w+?)\.\d+-\d+-final_bundles\.txt$', path.name)
     if name:
       kernels[name[1]] = path.read_text(encoding='utf-8', errors='replace')
+  if not kernels:
+    raise UnknownSchedule(f'libtpu {importlib.metadata.version("libtpu")} wrote no schedule of a '
+                          f'kernel under a known name; {READABLE} does')
   return kernels
 
 

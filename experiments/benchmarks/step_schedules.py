@@ -19,10 +19,10 @@ import jax
 from experiments.benchmarks import command_line, schedules, tpu_programs
 from experiments.benchmarks.estimates import machine, table
 from models.kernels import flash_tpu
-from parallelism.topologies import compile_only_devices
+from parallelism.topologies import EXAMPLES, compile_only_devices
 from research.errors import UserError
 
-TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'for which TPUs')
+TOPOLOGIES = flags.DEFINE_list('topologies', list(EXAMPLES), 'for which TPUs')
 WIDTH = flags.DEFINE_integer('width', 128, 'width of a head')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', tpu_programs.DTYPES, 'of all operands')
 PRECISION = flags.DEFINE_enum('precision', 'default', ['default', 'highest'],
@@ -52,10 +52,11 @@ def _rows(topology: str, contender: str, folder: pathlib.Path) -> list[list[str]
 def main() -> None:
   if not flash_tpu.takes_width(WIDTH.value):
     raise UserError(f'--width={WIDTH.value} is not one that flash_tpu takes: 32 to 256 by 8')
+  topologies = command_line.chosen(TOPOLOGIES, EXAMPLES)
   print(machine(), flush=True)
   with tempfile.TemporaryDirectory() as folder:
     schedules.write_schedules_to(pathlib.Path(folder))
-    for topology in TOPOLOGIES.value:
+    for topology in topologies:
       try:
         compile_only_devices(topology)
       except ValueError as error:

@@ -20,15 +20,14 @@ from models.kernels.interface import Mask
 from parallelism.attention import KEY_AXES, QUERY_AXES, over_mesh
 from parallelism.mesh import MeshConfig
 from parallelism.sharding import named_sharding
-from parallelism.topologies import compile_only_mesh
+from parallelism.topologies import EXAMPLES, compile_only_mesh
 
-TOPOLOGIES = ('v4:2x2x2', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4')
 LENGTHS = (1024, 4096, 32768)
 WIDTHS = (64, 128, 256)
 DTYPES = ('bfloat16', 'float32')
 WINDOW = 1000  # of the cases with a window; it ends inside a block
 HEADS, KEY_HEADS = 8, 4  # over the mesh; its tensor axis has two devices
-BLOCK = 512  # of jax's own kernels, whose default of 128 is a placeholder; ours defaults to it too
+BLOCK = 512  # of jax's own kernels, whose default of 128 is a placeholder
 # XLA keeps small temporaries in the fast memories, where memory_analysis does not count them, so
 # these put all of them into HBM: the growth in length becomes visible.
 IN_HBM = {f'xla_{space}_memory_space_assignment': 'false'
@@ -56,7 +55,7 @@ class Case:
 def covering_cases() -> list[Case]:
   """Returns 24 cases of ours in which every two values of different choices meet."""
   cases = []
-  for i, topology in enumerate(TOPOLOGIES):
+  for i, topology in enumerate(EXAMPLES):
     for j in range(6):
       name = 'v4:2x2x1' if topology == 'v4:2x2x2' and j % 2 else topology
       cases.append(Case(name, 'flash_tpu', LENGTHS[j % 3], WIDTHS[(i + j + j // 3) % 3],
@@ -160,7 +159,7 @@ def compiled_case(case: Case, options: dict[str, str] | None = None, **attend_op
     attend = functools.partial(CONTENDERS[case.contender], **attend_options)
     compiled = lowered(case, attend).compile(options)
   except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-    return {**record, 'error': _reason(error), 'seconds': time.perf_counter() - began}
+    return {**record, 'error': reason(error), 'seconds': time.perf_counter() - began}
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   calls = re.findall(r'%(\w+)\S* = .*custom_call_target="tpu_custom_call"', compiled.as_text())
   return {
@@ -171,8 +170,8 @@ def compiled_case(case: Case, options: dict[str, str] | None = None, **attend_op
       'kernels': sorted(calls), 'seconds': time.perf_counter() - began}
 
 
-def _reason(error: Exception) -> str:
-  """Returns the compiler's refusal in a few words."""
+def reason(error: Exception) -> str:
+  """Returns the refusal of a program in a few words."""
   text = ' '.join(str(error).split())
   hbm = re.search(r'HLO temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)', text)
   return f'out of memory: {hbm[1]} of {hbm[2]}' if hbm else text[:200]

@@ -41,14 +41,6 @@ JSON = flags.DEFINE_string('json', '', 'also write everything measured to this f
 BASE = 'modehop'
 
 
-def _check(values: list[str], known, flag: str) -> None:
-  for value in values:
-    if value not in known:
-      raise UserError(f'--{flag}={value} is not one of {", ".join(known)}')
-  if not values:
-    raise UserError(f'--{flag} is empty; name at least one of {", ".join(known)}')
-
-
 def _n_rows(size: str) -> int:
   length = SHAPES[size].length
   if TOKENS.value % length:
@@ -170,15 +162,15 @@ def _print_result(result: dict[str, Any], skipped: dict[str, str]) -> None:
 
 
 def main() -> None:
-  _check(SIZES.value, SHAPES, 'sizes')
-  _check(NAMES.value, CONTENDERS, 'contenders')
-  for size in SIZES.value:
+  sizes = command_line.chosen(SIZES, SHAPES)
+  named = command_line.chosen(NAMES, CONTENDERS)
+  for size in sizes:
     _n_rows(size)
-  skipped = {name: reason for name in NAMES.value if (reason := reason_to_skip(name))}
-  names = [name for name in dict.fromkeys(NAMES.value) if name not in skipped]
+  skipped = {name: reason for name in named if (reason := reason_to_skip(name))}
+  names = [name for name in named if name not in skipped]
   facts, results = machine(), []
   print(facts, flush=True)
-  for size in SIZES.value:
+  for size in sizes:
     with contextlib.ExitStack() as stack:
       results.append(_measure_size(size, names, stack))
   coverage = estimate([0.0] * ROUNDS.value).coverage

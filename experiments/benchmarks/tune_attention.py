@@ -29,10 +29,10 @@ from experiments.benchmarks import command_line, schedules, tpu_programs
 from experiments.benchmarks.estimates import machine, table
 from models.kernels import flash_tpu
 from models.kernels.interface import Mask
-from parallelism.topologies import compile_only_devices
+from parallelism.topologies import EXAMPLES, compile_only_devices
 from research.errors import UserError
 
-TOPOLOGIES = flags.DEFINE_list('topologies', list(tpu_programs.TOPOLOGIES), 'where no TPU is')
+TOPOLOGIES = flags.DEFINE_list('topologies', list(EXAMPLES), 'where no TPU is')
 WIDTHS = flags.DEFINE_list('widths', ['64', '128', '256'], 'head widths')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16'], 'of bfloat16, float32')
 LENGTH = flags.DEFINE_integer('length', 8192, 'tokens per row', lower_bound=1)
@@ -45,7 +45,7 @@ ROUNDS = flags.DEFINE_integer('rounds', 10, 'timings of a candidate on a TPU', l
 
 
 class Ranked(NamedTuple):
-  """A candidate: its time, and how it comes about."""
+  """A candidate: its time, and how it comes about; infinity, and why it was refused."""
 
   seconds: float
   how: str
@@ -100,15 +100,20 @@ def _rank(kind: str, measure: Callable[[tuple[int, int], int, str], Ranked]) -> 
       for blocks in _candidates():
         try:
           ranked[blocks] = measure(blocks, width, dtype)
-        except (jax.errors.JaxRuntimeError, schedules.UnknownSchedule) as error:
-          ranked[blocks] = Ranked(math.inf, ' '.join(str(error).split())[:100])
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+          ranked[blocks] = Ranked(math.inf, f'refused: {tpu_programs.reason(error)}')
         print(f'{kind} {dtype} {width} {blocks[0]}x{blocks[1]}: {ranked[blocks].how}', flush=True)
       order = sorted(ranked, key=lambda blocks: ranked[blocks].seconds)
-      rows = [[f'{q}x{k}', f'{ranked[q, k].seconds * 1e3:.3f}'] for q, k in order]
+      rows = [[f'{q}x{k}', _milliseconds(ranked[q, k])] for q, k in order]
       print('\n' + table([f'{kind}, {dtype}, E {width}, L {LENGTH.value:,}', 'ms'], rows) + '\n')
       if math.isfinite(ranked[order[0]].seconds):
         entries.append(f'  ({kind!r}, {dtype!r}, {width}, {_reach()}): {order[0]},')
   return entries
+
+
+def _milliseconds(ranked: Ranked) -> str:
+  """Returns the time of a candidate, or why it has none."""
+  return f'{ranked.seconds * 1e3:.3f}' if math.isfinite(ranked.seconds) else ranked.how
 
 
 def _reach() -> int:
@@ -121,20 +126,17 @@ def _candidates() -> list[tuple[int, int]]:
   result = []
   for text in BLOCKS.value:
     q, _, k = text.partition('x')
-    if not (q.isdigit() and k.isdigit() and int(q) % 128 == int(k) % 128 == 0):
-      raise UserError(f'--blocks={text} is not two multiples of 128 like 512x1024')
+    if not all(n.isdigit() and int(n) and int(n) % 128 == 0 for n in (q, k)):
+      raise UserError(f'--blocks={text} is not two positive multiples of 128 like 512x1024')
     if max(int(q), int(k)) <= LENGTH.value:
       result.append((int(q), int(k)))
   return result
 
 
 def main() -> None:
-  for name, values, known in (
-      ('dtypes', DTYPES.value, tpu_programs.DTYPES),
-      ('widths', WIDTHS.value, [str(n) for n in range(257) if flash_tpu.takes_width(n)])):
-    for value in values:
-      if value not in known:
-        raise UserError(f'--{name}={value} is not one of {", ".join(known)}')
+  command_line.chosen(DTYPES, tpu_programs.DTYPES)
+  command_line.chosen(WIDTHS, [str(n) for n in range(257) if flash_tpu.takes_width(n)])
+  topologies = command_line.chosen(TOPOLOGIES, EXAMPLES)
   if not _candidates():
     raise UserError(f'--blocks={",".join(BLOCKS.value)}: none fits --length={LENGTH.value}')
   print(machine(), flush=True)
@@ -144,7 +146,7 @@ def main() -> None:
     entries = []
     with tempfile.TemporaryDirectory() as folder:
       schedules.write_schedules_to(pathlib.Path(folder))
-      for topology in TOPOLOGIES.value:
+      for topology in topologies:
         try:
           kind = compile_only_devices(topology)[0].device_kind
         except ValueError as error:

@@ -1,5 +1,6 @@
 """The manifest: what a run was made from, and every start and change since."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,13 @@ def _git(*arguments: str) -> str:
   result = subprocess.run(['git', '-C', str(_ROOT), *arguments], capture_output=True, text=True,
                           check=False)
   return result.stdout.strip() if result.returncode == 0 else ''
+
+
+def code_version() -> str:
+  """Returns the commit, with a hash of the uncommitted changes if any; '' without git."""
+  diff = _git('diff', 'HEAD')
+  changed = f'+{hashlib.sha256(diff.encode()).hexdigest()[:12]}' if diff else ''
+  return _git('rev-parse', 'HEAD') + changed
 
 
 def _cpu_model() -> str:

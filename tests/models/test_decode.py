@@ -15,15 +15,7 @@ from tests.models.variants import TINY, VARIANTS, tiny
 
 LENGTHS = (1, 9, 4)
 STEPS = 8
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiles without optimization: this file runs many programs once on tiny shapes."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache

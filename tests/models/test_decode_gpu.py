@@ -13,15 +13,7 @@ from tests.models.decoding_harness import CASES, LONG, Case, errors, in_pages, r
 
 EVERY = {name: case for name, case in {**CASES, **LONG}.items() if case.E in decode_gpu.WIDTHS}
 attend = functools.partial(decode_gpu.attention, block=16, n_splits=3, interpret=True)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiles without optimization: this file runs many programs once on tiny shapes."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.mark.parametrize('name', EVERY)

@@ -17,15 +17,7 @@ from tests.models.decoding_harness import (
 from tests.models.test_flash_tpu_interpret import WARN
 
 EVERY = {**CASES, **LONG}
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiles without optimization: this file runs many programs once on tiny shapes."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture

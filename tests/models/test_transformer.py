@@ -16,15 +16,7 @@ from tests.models.variants import TINY, VARIANTS, tiny
 
 LENGTH = 11
 ROWS = 3
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiles without optimization: this file runs many programs once on tiny shapes."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache

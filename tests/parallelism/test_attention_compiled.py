@@ -13,7 +13,7 @@ import pytest
 from experiments.benchmarks import tpu_programs
 from models.kernels import blocks, flash_tpu
 from models.positions import alibi_slopes
-from parallelism.topologies import compile_only_devices
+from parallelism.topologies import EXAMPLES, compile_only_devices
 
 pytest.importorskip('libtpu')  # it exists for Linux on x86-64 only
 
@@ -79,7 +79,7 @@ def test_the_estimates_count_the_products_of_live_blocks(covering):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('topology', tpu_programs.TOPOLOGIES)
+@pytest.mark.parametrize('topology', EXAMPLES)
 def test_blocks_of_the_table_leave_room_for_every_feature(topology):
   def attend(q_BLHE, k_BMKE, v_BMKE, **options):
     return flash_tpu.attention(

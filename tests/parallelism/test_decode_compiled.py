@@ -6,13 +6,12 @@ import pytest
 
 from models.kernels import decode_gpu, decode_tpu
 from parallelism.mesh import MeshConfig, make_mesh
-from parallelism.topologies import compile_only_devices, compile_only_gpu
+from parallelism.topologies import EXAMPLES, compile_only_devices, compile_only_gpu
 from tests.models.decoding_harness import programs
 
 pytest.importorskip('libtpu')  # it exists for Linux on x86-64 only, as JAX's CUDA plugin
 
 TPU_PROGRAMS = programs(decode_tpu.attention)
-CHIPS = ('v4:2x2x2', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4')
 
 
 def compiled(device, call, arguments):
@@ -44,7 +43,7 @@ def test_a_kernel_compiles_for_a_tpu_and_copies_no_cache(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('chip', CHIPS)
+@pytest.mark.parametrize('chip', EXAMPLES)
 @pytest.mark.parametrize('name', TPU_PROGRAMS)
 def test_every_kernel_compiles_for_every_tpu(name, chip):
   check_tpu(compile_only_devices(chip)[0], name)

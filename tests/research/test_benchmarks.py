@@ -6,10 +6,12 @@ The PyTorch rivals are compared by the benchmark itself at its start.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
+import time
 
 from flax import nnx
 import jax
@@ -17,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import contenders, flax_step, modehop_step, run_cost, shapes
+from experiments.benchmarks import contenders, flax_step, modehop_step, rounds, run_cost, shapes
 from experiments.benchmarks.estimates import estimate
+from research.errors import UserError
 from research.training.step import make_loss
 
 SHAPE = dataclasses.replace(shapes.SHAPES['tiny'], n_heads=4, d_head=8)
@@ -156,6 +159,36 @@ def test_decode_measures_side_by_side():
     assert f'| {name} |' in ended.stdout
 
 
+def _turn(name: str, skill: str):
+  """Starts a contender of two steps of known length, or one that lacks the skill."""
+  if skill == 'none':
+    return rounds.Lacks(f'{name} cannot')
+  queue = []
+  naps = {'short': 0.02, 'long': 0.1}
+  return rounds.Started({
+      step: rounds.Step(functools.partial(queue.append, nap), lambda _: _sleep_for_all(queue))
+      for step, nap in naps.items()}, facts=name.upper())
+
+
+def _sleep_for_all(queue: list[float]) -> None:
+  time.sleep(sum(queue))
+  queue.clear()
+
+
+def test_turns_time_every_step_of_those_that_can():
+  checked = []
+  facts, seconds = rounds.interleaved(
+      _turn, {'a': ('a', 'all'), 'b': ('b', 'none'), 'c': ('c', 'all')}, checked.append,
+      n_rounds=2, seconds=0.2, n_before=2)
+  assert checked == [{'a': 'A', 'c': 'C'}]
+  assert facts == {'a': 'A', 'b': rounds.Lacks('b cannot'), 'c': 'C'}
+  assert list(seconds) == ['a', 'c']
+  for measured in seconds.values():
+    assert {step: len(values) for step, values in measured.items()} == {'short': 2, 'long': 2}
+    assert min(measured['short']) >= 0.02 and min(measured['long']) >= 0.1
+    assert min(measured['short']) < 0.1  # a step has its own time
+
+
 @pytest.mark.parametrize('module, arguments, says', [
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
@@ -164,6 +197,7 @@ def test_decode_measures_side_by_side():
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),
     ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3'),
     ('decode', ['--contenders=vllm'], '--contenders=vllm is not one of modehop, recompute, torch'),
+    ('decode', ['--contenders='], '--contenders is empty; name at least one of modehop'),
     ('decode', ['--tokens=0'], 'tokens'),
     ('compile_attention_gpu', ['--contenders=cudnn'], '--contenders=cudnn is not one of flash_gpu'),
     ('compile_attention_gpu', ['--features=window+mask'], '--features=mask is not one of window')])
@@ -176,7 +210,9 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
 
 @pytest.mark.parametrize('module, flag', [
     ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
-    ('decode', '--rounds'), ('compile_attention_gpu', '--features')])
+    ('decode', '--rounds'), ('compile_attention_gpu', '--features'),
+    ('compile_attention', '--cases'), ('tune_attention', '--blocks'),
+    ('step_schedules', '--precision')])
 def test_help_teaches(module, flag):
   ended = bench(module, '--help')
   assert ended.returncode == 0
@@ -186,8 +222,18 @@ def test_help_teaches(module, flag):
 
 def test_only_an_absent_pytorch_is_a_reason_to_skip():
   reason = contenders.reason_to_skip('torch')
+  assert reason == contenders.reason_without_torch()
   if importlib.util.find_spec('torch'):
     assert reason == ''
   else:
     assert "pip install -e '.[bench]'" in reason
   assert contenders.reason_to_skip('flax') == ''
+
+
+def test_without_pytorch_the_others_are_measured(monkeypatch, capsys):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert contenders.measurable(['a', 'torch', 'b'], of_torch='torch') == ['a', 'b']
+  assert capsys.readouterr().out.startswith('torch: skipped. PyTorch is not installed')
+  assert contenders.measurable(['a'], of_torch='torch') == ['a']
+  with pytest.raises(UserError, match='names nobody who can be measured'):
+    contenders.measurable(['torch'], of_torch='torch')

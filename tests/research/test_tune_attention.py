@@ -55,12 +55,43 @@ def _tune(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize('argument, says', [
-    ('--blocks=512', 'not two multiples of 128 like 512x1024'),
-    ('--blocks=100x128', 'not two multiples of 128'), ('--length=100', 'none fits --length=100'),
-    ('--widths=16', '--widths=16 is not one of 32'), ('--dtypes=int8', 'not one of bfloat16')])
+    ('--blocks=512', 'not two positive multiples of 128 like 512x1024'),
+    ('--blocks=100x128', 'not two positive multiples of 128'),
+    ('--blocks=0x512', '--blocks=0x512 is not two positive multiples of 128'),
+    ('--length=100', 'none fits --length=100'),
+    ('--widths=16', '--widths=16 is not one of 32'),
+    ('--topologies=', '--topologies is empty'), ('--dtypes=int8', 'not one of bfloat16')])
 def test_bad_arguments_are_refused_in_a_sentence(argument, says):
   done = _tune(argument)
   assert done.returncode == 2 and says in done.stderr
+
+
+def test_a_candidate_that_the_kernels_refuse_is_listed_with_the_reason():
+  pytest.importorskip('libtpu')  # it exists for Linux on x86-64 only
+  done = _tune('--topologies=v5e:2x4', '--widths=64', '--length=131072', '--blocks=128x128')
+  assert done.returncode == 0, done.stderr
+  assert '| 128x128 | refused: 131,072 queries and 131,072 keys in blocks of 128' in done.stdout
+  assert done.stdout.endswith('TABLE entries for models/kernels/blocks.py:\n\n')
+
+
+def test_other_forms_of_schedules_end_the_comparison_in_a_sentence():
+  pytest.importorskip('libtpu')
+  program = ('from experiments.benchmarks import command_line, schedules, step_schedules\n'
+             'schedules.BRANCH = 10**9\n'  # no branch is one that is looked for
+             'command_line.run(step_schedules.main)')
+  done = subprocess.run([sys.executable, '-c', program, '--topologies=v5e:2x4'], cwd=ROOT,
+                        text=True, capture_output=True,
+                        env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
+  assert done.returncode == 2
+  assert 'error: the schedule of a kernel has parts of [] bundles, not 4 parts' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+def test_a_folder_without_schedules_is_refused(tmp_path):
+  pytest.importorskip('libtpu')
+  (tmp_path / '1-fusion.2-3-final_bundles.txt').touch()
+  with pytest.raises(schedules.UnknownSchedule, match='wrote no schedule of a kernel'):
+    schedules.read_kernels(tmp_path)
 
 
 @pytest.mark.slow
