@@ -1,4 +1,4 @@
-"""Owns who takes part in the attention benchmark: for each name a forward and a backward step."""
+"""Owns who takes part in the attention benchmark: for each name its programs."""
 
 import math
 from collections.abc import Callable
@@ -32,15 +32,19 @@ class Shape(NamedTuple):
 
   @property
   def flops(self) -> dict[str, int]:
-    """Operations of the products over visible pairs: two forward, five backward."""
-    return {'forward': 4 * self.pairs * self.width, 'backward': 10 * self.pairs * self.width}
+    """Operations of the products over visible pairs: two forward, five more backward."""
+    return {'forward': 4 * self.pairs * self.width, 'both': 14 * self.pairs * self.width}
 
 
-class Steps(NamedTuple):
-  """What is timed: neither waits for its results, `wait` does for one's."""
+class Programs(NamedTuple):
+  """What is timed: neither waits for its results, `wait` does.
+
+  `forward` returns the output [B, L, H, E]; `both` that and the gradients of queries, keys and
+  values, or is None where the contender has no backward pass.
+  """
 
   forward: Callable[[], Any]
-  backward: Callable[[], Any]
+  both: Callable[[], Any] | None
   wait: Callable[[Any], Any]
   temporary_mb: float
 
@@ -98,30 +102,32 @@ def _pallas_mosaic(unused_name: str, shape: Shape) -> Callable:
   return lambda q, k, v: attention_mgpu.attention(q * shape.width ** -0.5, k, v, config)
 
 
+NO_BACKWARD = ('pallas_mosaic',)  # of causal attention
 JAX_CONTENDERS = {**dict.fromkeys(OURS, _ours), 'jax': _jax, 'cudnn': _jax,
                   'pallas_triton': _pallas_triton, 'pallas_mosaic': _pallas_mosaic}
 
 
-def _jax_steps(name: str, shape: Shape) -> Steps:
+def _jax_programs(name: str, shape: Shape) -> Programs:
   import jax
   attend = JAX_CONTENDERS[name](name, shape)
-  operands = [jax.numpy.asarray(x, shape.dtype) for x in _operands(shape)]
-  *qkv, g = operands
-  forward = jax.jit(lambda *qkv: jax.vjp(attend, *qkv))
-  backward = jax.jit(lambda vjp, g: vjp(g))
-  _, vjp = forward(*qkv)
+  *qkv, g = (jax.numpy.asarray(x, shape.dtype) for x in _operands(shape))
 
   def both(q, k, v, g):
     out, vjp = jax.vjp(attend, q, k, v)
-    return out, vjp(g)
+    return out, *vjp(g)
 
-  memory = jax.jit(both).lower(*operands).compile().memory_analysis()
-  return Steps(lambda: forward(*qkv)[0], lambda: backward(vjp, g), jax.block_until_ready,
-               memory.temp_size_in_bytes / 1e6)
+  forward = jax.jit(attend).lower(*qkv).compile()
+  if name in NO_BACKWARD:
+    temporary = forward.memory_analysis().temp_size_in_bytes
+    return Programs(lambda: forward(*qkv), None, jax.block_until_ready, temporary / 1e6)
+  backward = jax.jit(both).lower(*qkv, g).compile()
+  temporary = backward.memory_analysis().temp_size_in_bytes
+  return Programs(lambda: forward(*qkv), lambda: backward(*qkv, g), jax.block_until_ready,
+                  temporary / 1e6)
 
 
-def _torch_steps(unused_name: str, shape: Shape, platform: str) -> Steps:
-  """Returns the steps of PyTorch, which says its temporary memory on GPUs only."""
+def _torch_programs(shape: Shape, platform: str) -> Programs:
+  """Returns the programs of PyTorch, which says its temporary memory on GPUs only."""
   import torch
   from torch.nn.functional import scaled_dot_product_attention
   if shape.window:
@@ -132,9 +138,17 @@ def _torch_steps(unused_name: str, shape: Shape, platform: str) -> Steps:
   for x in (q, k, v):
     x.requires_grad_()
 
-  def forward():
+  def attend():
     return scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=shape.heads != shape.key_heads)
+
+  def forward():
+    with torch.no_grad():
+      return attend().transpose(1, 2)
+
+  def both():
+    out = attend()
+    return tuple(x.transpose(1, 2) for x in (out.detach(), *torch.autograd.grad(out, (q, k, v), g)))
 
   def wait(result):
     if device == 'cuda':
@@ -142,22 +156,27 @@ def _torch_steps(unused_name: str, shape: Shape, platform: str) -> Steps:
     return result
 
   before = torch.cuda.memory_allocated() if device == 'cuda' else 0
-  out = forward()
-
-  def backward():
-    return torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
-
-  wait(backward())
+  wait(both())
   peak = torch.cuda.max_memory_allocated() - before if device == 'cuda' else math.nan
-  return Steps(lambda: forward().detach(), backward, wait, peak / 1e6)
+  return Programs(forward, both, wait, peak / 1e6)
 
 
-def steps(name: str, shape: Shape, platform: str) -> Steps:
-  """Returns the compiled steps of a contender on 'cpu' or 'gpu'.
+def programs(name: str, shape: Shape, platform: str) -> Programs:
+  """Returns the compiled programs of a contender on 'cpu' or 'gpu'.
 
   Raises:
     Unsupported: it lacks what the shape asks for.
   """
   if name == 'torch_sdpa':
-    return _torch_steps(name, shape, platform)
-  return _jax_steps(name, shape)
+    return _torch_programs(shape, platform)
+  return _jax_programs(name, shape)
+
+
+def digest(results: Any) -> list[tuple[float, float]]:
+  """Returns the norm of every array and its product with fixed random numbers."""
+  digests = []
+  for x in results:
+    x = np.asarray(x.detach().double().cpu() if hasattr(x, 'detach') else x, np.float64)
+    probe = np.random.default_rng(1).normal(size=x.shape)
+    digests.append((float(np.linalg.norm(x)), float((x * probe).sum())))
+  return digests

@@ -26,6 +26,7 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import table
+from parallelism.topologies import compile_only_gpu
 from research.errors import UserError
 
 CONTENDERS = ('flash_gpu', 'blockwise', 'jax', 'pallas_triton')
@@ -106,7 +107,6 @@ def _lowered(case: Case):
   import numpy as np
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-  from parallelism.topologies import compile_only_gpu
   attend = _attend(case)
   mesh = Mesh(np.array([compile_only_gpu()]), ('x',))
   whole = PartitionSpec()
@@ -161,19 +161,21 @@ def _row(record: dict[str, Any]) -> list[str]:
 
 def _cases() -> list[Case]:
   """Returns the cases of the flags; raises UserError for unknown names."""
-  for name in NAMES.value:
-    if name not in CONTENDERS:
-      raise UserError(f'--contenders={name} is not one of {", ".join(CONTENDERS)}')
+  names = command_line.chosen(NAMES, CONTENDERS)
   sets = [tuple(x for x in text.split('+') if x) for text in FEATURES.value or ['']]
   for feature in {x for features in sets for x in features}:
     if feature not in KNOWN_FEATURES:
       raise UserError(f'--features={feature} is not one of {", ".join(KNOWN_FEATURES)}')
   lengths, widths = map(command_line.positive_numbers, (LENGTHS, WIDTHS))
-  return [Case(*values) for values in itertools.product(NAMES.value, lengths, widths, sets)]
+  return [Case(*values) for values in itertools.product(names, lengths, widths, sets)]
 
 
 def main() -> None:
   cases = _cases()
+  try:
+    compile_only_gpu()
+  except ValueError as error:
+    raise UserError(str(error)) from error
   os.environ['MOSAIC_GPU_DUMP_PTXAS'] = '1'
   records = []
   for i, case in enumerate(cases):

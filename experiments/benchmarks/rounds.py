@@ -82,6 +82,7 @@ def interleaved(
         for step, values in by_step.items():
           values.append(pools[name].apply(_measure, (step, seconds, n_before)))
   finally:
-    for pool in pools.values():
-      pool.terminate()
+    for pool in pools.values():  # They are idle; a signal would make libtpu write a stack trace.
+      pool.close()
+      pool.join()
   return {**begun, **{name: facts for name, (facts, _) in able.items()}}, measured
