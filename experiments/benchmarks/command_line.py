@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from parallelism.topologies import quiet_plugins
 from research.errors import UserError
@@ -62,6 +62,7 @@ def fail(error: Exception) -> None:
 def run(main: Callable[[], Any]) -> None:
   """Runs a benchmark's main under absl; user errors end it with one sentence and code 2."""
   def guarded(unused_argv):
+    logging.set_verbosity(logging.WARNING)
     quiet_plugins()
     try:
       main()
