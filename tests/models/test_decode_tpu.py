@@ -41,6 +41,7 @@ def test_kernels_equal_the_oracle(name, page):
   assert not rejected(measured, case), measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', [None, 16])
 @pytest.mark.parametrize('dma', ['eager', 'on_wait'])
 @pytest.mark.parametrize('name', ['long', 'long, window'])

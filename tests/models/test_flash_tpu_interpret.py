@@ -13,6 +13,7 @@ from models.kernels.interface import Mask
 from models.kernels.pairs import live_pairs
 from tests.models.attention_harness import Case, errors, rejected
 
+pytestmark = pytest.mark.slow  # minutes of interpreter
 BIDIRECTIONAL = Mask(causal=False)
 MODES = ('eager', 'on_wait')
 CASES = {
