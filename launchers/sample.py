@@ -1,9 +1,9 @@
 r"""Writes texts with a trained model: what it goes on with after each prompt.
 
-  python -m launchers.sample --run_dir=runs/quickstart --prompt='three plus four is'
-  python -m launchers.sample --run_dir=runs/quickstart --prompt=one --prompt=two --n_samples=3 \
-      --temperature=0.7 --top_p=0.9 --stop=.
-  python -m launchers.sample --run_dir=runs/quickstart --prompt=one --step=1200 --json
+  python -m launchers.sample --run_dir=runs/quickstart --prompt='3 + 4 ='
+  python -m launchers.sample --run_dir=runs/quickstart --prompt='the soup was' --prompt='3 + 4 =' \
+      --n_samples=3 --temperature=0.7 --top_p=0.9 --stop=.
+  python -m launchers.sample --run_dir=runs/quickstart --prompt='the soup was' --step=1200 --json
 
 Temperature 0 always takes the likeliest token. A text depends on its prompt, the seed and its
 number, not on the other prompts.
