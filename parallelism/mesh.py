@@ -9,7 +9,8 @@ from typing import ClassVar
 import jax
 from jax.sharding import AxisType, Mesh
 
-AXES = ('data', 'fsdp', 'tensor')
+# Outermost first: what communicates least, once a step, lies on the slowest links.
+AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,10 @@ class MeshConfig:
   KIND: ClassVar[str] = 'placement'
 
   data: A[int, 'replicas that split the batch only; -1 takes all devices that are left'] = -1
+  stage: A[int, 'pipeline stages, which split the layers'] = 1
   fsdp: A[int, 'devices that split the batch and the parameters, gradients and moments'] = 1
+  expert: A[int, 'devices that split the batch and the experts'] = 1
+  context: A[int, 'devices that split the tokens of a row'] = 1
   tensor: A[int, 'devices that split heads, feed-forward width and vocabulary'] = 1
 
   def __post_init__(self):
@@ -33,14 +37,14 @@ def axis_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
   """Returns the size of every axis for n_devices; raises ValueError if they do not fit."""
   sizes = {name: getattr(config, name) for name in AXES}
   if sizes['data'] == -1:
-    rest = sizes['fsdp'] * sizes['tensor']
+    others = {name: size for name, size in sizes.items() if name != 'data' and size > 1}
+    rest = math.prod(others.values())
     if n_devices % rest:
-      raise ValueError(
-          f'mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} does not divide the '
-          f'{n_devices} devices at hand')
+      product = ' x '.join(f'mesh.{name}={size}' for name, size in others.items())
+      raise ValueError(f'{product} does not divide the {n_devices} devices at hand')
     sizes['data'] = n_devices // rest
   if math.prod(sizes.values()) > n_devices:
-    product = ' x '.join(f'{name} {size}' for name, size in sizes.items())
+    product = ' x '.join(f'{name} {size}' for name, size in sizes.items() if size > 1)
     raise ValueError(f'mesh {product} needs {math.prod(sizes.values())} devices, '
                      f'{n_devices} are at hand')
   return sizes
