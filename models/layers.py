@@ -14,6 +14,7 @@ import numpy as np
 from models import axes
 from models.config import ModelConfig
 from models.products import transposed_product
+from models.spread import Spread
 
 Constrain = Callable[[jax.Array, tuple[Optional[str], ...]], jax.Array]
 
@@ -73,10 +74,16 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
   return _contracted(x, weight.astype(x.dtype))
 
 
-def rms_normalized(x: jax.Array, eps: float, axis: int | tuple[int, ...] = -1) -> jax.Array:
-  """Returns x over its root mean square along `axis`, float32 (Zhang & Sennrich 2019)."""
+def rms_normalized(
+  x: jax.Array, eps: float, axis: int | tuple[int, ...] = -1, spread: Spread = Spread()
+) -> jax.Array:
+  """Returns x over its root mean square along `axis`, float32 (Zhang & Sennrich 2019).
+
+  The mean goes over all parts that a group of devices holds.
+  """
   x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + eps)
+  mean = spread.total(jnp.mean(x * x, axis=axis, keepdims=True)) / spread.size
+  return x * jax.lax.rsqrt(mean + eps)
 
 
 class RMSNorm(nnx.Module):
@@ -87,8 +94,9 @@ class RMSNorm(nnx.Module):
     self.eps = eps
     self.axis = tuple(range(-len(shape), 0))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return (rms_normalized(x, self.eps, self.axis) * self.scale[...]).astype(x.dtype)
+  def __call__(self, x: jax.Array, spread: Spread = Spread()) -> jax.Array:
+    normalized = rms_normalized(x, self.eps, self.axis, spread)
+    return (normalized * self.scale[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -177,7 +185,10 @@ class MLP(nnx.Module):
       hidden_BLF += getattr(self, f'{name}_bias')[...].astype(x_BLD.dtype)
     return hidden_BLF
 
-  def __call__(self, x_BLD: jax.Array, constrain: Constrain) -> jax.Array:
+  def __call__(
+    self, x_BlD: jax.Array, constrain: Constrain, spread: Spread = Spread()
+  ) -> jax.Array:
+    x_BLD = spread.whole(x_BlD)
     hidden_BLF = self._hidden(x_BLD, 'up')
     if self.kind in GATED:
       hidden_BLF = GATED[self.kind](self._hidden(x_BLD, 'gate')) * hidden_BLF
@@ -185,10 +196,10 @@ class MLP(nnx.Module):
       activation = self.xielu if self.kind == 'xielu' else PLAIN[self.kind]
       hidden_BLF = activation(hidden_BLF)
     hidden_BLF = constrain(hidden_BLF, (axes.BATCH, axes.LENGTH, axes.MLP_ACT))
-    out_BLD = linear(hidden_BLF, self.down[...])
+    out_BlD = spread.summed(linear(hidden_BLF, self.down[...]))
     if self.biased:
-      out_BLD += self.down_bias[...].astype(x_BLD.dtype)
-    return out_BLD
+      out_BlD += self.down_bias[...].astype(x_BLD.dtype)
+    return out_BlD
 
 
 class AttentionProjections(nnx.Module):
@@ -218,6 +229,7 @@ class AttentionProjections(nnx.Module):
     self.biased = config.qkv_bias
     self.out_biased = config.out_bias
     self.normed = config.qk_norm != 'none'
+    self.norms_heads_together = config.qk_norm == 'projection'
 
   def _heads(self, x_BLD: jax.Array, name: str) -> jax.Array:
     """Returns x through the projection `name`, [B, L, heads, E]."""
@@ -228,20 +240,25 @@ class AttentionProjections(nnx.Module):
       heads_BLHE += getattr(self, f'{name}_bias')[...].astype(x_BLD.dtype)
     return heads_BLHE
 
-  def project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def project(
+    self, x_BlD: jax.Array, spread: Spread = Spread()
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns queries [B, L, H, E], keys and values [B, L, K, E], normed, not rotated."""
+    x_BLD = spread.whole(x_BlD)
     q_BLHE, k_BLKE = self._heads(x_BLD, 'q'), self._heads(x_BLD, 'k')
     if self.normed:
-      q_BLHE, k_BLKE = self.q_norm(q_BLHE), self.k_norm(k_BLKE)
+      heads = spread if self.norms_heads_together else Spread()
+      q_BLHE, k_BLKE = self.q_norm(q_BLHE, heads), self.k_norm(k_BLKE, heads)
     return q_BLHE, k_BLKE, self._heads(x_BLD, 'v')
 
-  def output(self, x_BLHE: jax.Array) -> jax.Array:
-    """Returns the attention output back in the residual stream, [B, L, D]."""
+  def output(self, x_BLHE: jax.Array, spread: Spread = Spread()) -> jax.Array:
+    """Returns the attention output back in the residual stream, [B, l, D]."""
     B, L, H, E = x_BLHE.shape
     out_BLD = linear(x_BLHE.reshape(B, L, H * E), self.o[...].reshape(H * E, -1))
+    out_BlD = spread.summed(out_BLD)
     if self.out_biased:
-      out_BLD += self.o_bias[...].astype(x_BLHE.dtype)
-    return out_BLD
+      out_BlD += self.o_bias[...].astype(x_BLHE.dtype)
+    return out_BlD
 
 
 class Embedding(nnx.Module):
@@ -262,14 +279,26 @@ class Embedding(nnx.Module):
     self.factor = config.d_model**0.5 if config.scale_embeddings else 1.0
     self.dtype = np.dtype(jnp.dtype(config.compute_dtype))
 
-  def __call__(self, tokens_BL: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns embedded tokens [B, L, D]; positions are [L] or [B, L]."""
-    x_BLD = self.tokens[...].astype(self.dtype)[tokens_BL]
+  def __call__(
+    self, tokens_BL: jax.Array, positions: jax.Array, spread: Spread = Spread()
+  ) -> jax.Array:
+    """Returns embedded tokens [B, l, D]; positions are [L] or [B, L]."""
+    x_BlD = spread.summed(self._rows(tokens_BL, spread))
     if self.factor != 1.0:
-      x_BLD *= jnp.asarray(self.factor, self.dtype)
+      x_BlD *= jnp.asarray(self.factor, self.dtype)
     if self.learned_positions:
-      x_BLD += self.positions[...].astype(self.dtype)[positions]
-    return x_BLD
+      x_BlD += self.positions[...].astype(self.dtype)[spread.own(positions)]
+    return x_BlD
+
+  def _rows(self, tokens_BL: jax.Array, spread: Spread) -> jax.Array:
+    """Returns rows of the table [B, L, D], zero for tokens that another device holds."""
+    table_VD = self.tokens[...].astype(self.dtype)
+    if spread.size == 1:
+      return table_VD[tokens_BL]
+    V = table_VD.shape[0]
+    rows_BL = tokens_BL - spread.rank() * V
+    held_BL = (rows_BL >= 0) & (rows_BL < V)
+    return jnp.where(held_BL[..., None], table_VD[jnp.clip(rows_BL, 0, V - 1)], 0)
 
   def unembedding_VD(self) -> jax.Array:
     """Returns the output embedding, float32 [V, D]."""

@@ -1,4 +1,7 @@
-"""Owns cross-entropy over the vocabulary without holding the logits of all tokens."""
+"""Owns cross-entropy over the vocabulary without holding the logits of all tokens.
+
+The vocabulary may be spread over a group of devices, each with some rows of the unembedding.
+"""
 
 import functools
 from typing import NamedTuple
@@ -8,13 +11,15 @@ import jax.numpy as jnp
 
 from models.kernels.interface import softcapped
 from models.products import transposed_product
+from models.spread import Spread
 
 
 class CrossEntropy(NamedTuple):
   """Weighted sums over tokens, float32 scalars; only `loss_sum` carries a gradient.
 
   loss_sum: cross-entropy in nats plus z_sum; z_sum: z_weight * log-normalizer squared;
-  correct_sum: weight of tokens whose target is the most likely token.
+  correct_sum: weight of tokens whose target is the most likely token. Where the vocabulary is
+  spread over a group, each device returns an equal share of the sums.
   """
 
   loss_sum: jax.Array
@@ -30,23 +35,47 @@ def _chunk_logits(h_TD: jax.Array, u_VD: jax.Array, softcap: float) -> jax.Array
   return softcapped(logits_TV, softcap)
 
 
-def _chunk_sums(logits_TV, targets_T, weights_T, z_weight: float):
+def _is_target(logits_TV: jax.Array, targets_T: jax.Array, spread: Spread) -> jax.Array:
+  """Returns which of the device's logits [T, V] are those of targets."""
+  V = logits_TV.shape[1]
+  return spread.rank() * V + jnp.arange(V) == targets_T[:, None]
+
+
+def _target_logits(logits_TV: jax.Array, targets_T: jax.Array, spread: Spread) -> jax.Array:
+  """Returns the logits of targets [T], zero for those that another device holds."""
+  if spread.size == 1:
+    return jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+  return jnp.sum(jnp.where(_is_target(logits_TV, targets_T, spread), logits_TV, 0.0), axis=-1)
+
+
+def _normalizers(logits_TV: jax.Array, targets_T: jax.Array, spread: Spread):
+  """Returns greatest logits, log-normalizers and target logits of the whole vocabulary, [T]."""
+  top_T = spread.top(jnp.max(logits_TV, axis=-1))
+  sum_T = jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1)
+  own_2T = jnp.stack([sum_T, _target_logits(logits_TV, targets_T, spread)])
+  sum_T, target_logit_T = spread.total(own_2T)
+  return top_T, top_T + jnp.log(sum_T), target_logit_T
+
+
+def _chunk_sums(logits_TV, targets_T, weights_T, z_weight: float, spread: Spread):
   """Returns the sums of a chunk, and its log-normalizers [T]."""
-  top_T = jnp.max(logits_TV, axis=-1)
-  lse_T = top_T + jnp.log(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1))
-  target_logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+  top_T, lse_T, target_logit_T = _normalizers(logits_TV, targets_T, spread)
+  weights_T = weights_T / spread.size
   z_sum = z_weight * jnp.sum(weights_T * lse_T**2)
   loss_sum = jnp.sum(weights_T * (lse_T - target_logit_T)) + z_sum
   correct_sum = jnp.sum(weights_T * (target_logit_T >= top_T))
   return CrossEntropy(loss_sum, z_sum, correct_sum), lse_T
 
 
-def _chunk_gradients(h_TD, u_VD, targets_T, weights_T, z_weight: float, softcap: float):
-  """Returns the sums of a chunk and the gradients of its loss, d_h [T, D], d_u [V, D]."""
+def _chunk_gradients(h_TD, u_VD, targets_T, weights_T, z_weight: float, softcap: float, spread):
+  """Returns the sums of a chunk and the gradients of its loss, d_h [T, D], d_u [V, D].
+
+  Over a group d_h is what the device's rows of the vocabulary add to it.
+  """
   logits_TV = _chunk_logits(h_TD, u_VD, softcap)
-  sums, lse_T = _chunk_sums(logits_TV, targets_T, weights_T, z_weight)
+  sums, lse_T = _chunk_sums(logits_TV, targets_T, weights_T, z_weight, spread)
   p_TV = jnp.exp(logits_TV - lse_T[:, None])
-  is_target_TV = jnp.arange(u_VD.shape[0]) == targets_T[:, None]
+  is_target_TV = _is_target(logits_TV, targets_T, spread)
   p_weight_T = weights_T * (1 + 2 * z_weight * lse_T)
   d_logits_TV = p_TV * p_weight_T[:, None] - jnp.where(is_target_TV, weights_T[:, None], 0.0)
   if softcap:
@@ -72,13 +101,15 @@ def _unchunked(x_NT: jax.Array, n_tokens: int) -> jax.Array:
   return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:n_tokens]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk) -> CrossEntropy:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _cross_entropy(
+  h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk, spread
+) -> CrossEntropy:
   """Returns the sums over all tokens, chunk by chunk."""
 
   def chunk_sums(h_TD, targets_T, weights_T):
     logits_TV = _chunk_logits(h_TD, u_VD, softcap)
-    return _chunk_sums(logits_TV, targets_T, weights_T, z_weight)[0]
+    return _chunk_sums(logits_TV, targets_T, weights_T, z_weight, spread)[0]
 
   if h_TD.shape[0] <= chunk:
     return chunk_sums(h_TD, targets_T, weights_T)
@@ -90,14 +121,15 @@ def _cross_entropy(h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk) -
   return jax.lax.scan(body, CrossEntropy(*[jnp.zeros(())] * 3), inputs)[0]
 
 
-def _forward(h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk):
+def _forward(h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk, spread):
   """Returns the sums and, as residuals, the finished gradients of the loss."""
+  options = z_weight, softcap, spread
   if h_TD.shape[0] <= chunk:
-    sums, d_h_TD, d_u_VD = _chunk_gradients(h_TD, u_VD, targets_T, weights_T, z_weight, softcap)
+    sums, d_h_TD, d_u_VD = _chunk_gradients(h_TD, u_VD, targets_T, weights_T, *options)
     return sums, (d_h_TD, d_u_VD)
 
   def body(totals, inputs):
-    sums, d_h_TD, d_u_VD = _chunk_gradients(inputs[0], u_VD, *inputs[1:], z_weight, softcap)
+    sums, d_h_TD, d_u_VD = _chunk_gradients(inputs[0], u_VD, *inputs[1:], *options)
     return jax.tree.map(jnp.add, totals, (sums, d_u_VD)), d_h_TD
 
   start = (CrossEntropy(*[jnp.zeros(())] * 3), jnp.zeros(u_VD.shape, jnp.float32))
@@ -106,7 +138,7 @@ def _forward(h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk):
   return sums, (_unchunked(d_h_NTD, h_TD.shape[0]), d_u_VD)
 
 
-def _backward(z_weight, softcap, chunk, gradients, cotangents: CrossEntropy):
+def _backward(z_weight, softcap, chunk, spread, gradients, cotangents: CrossEntropy):
   """Returns the residual gradients times the cotangent of the loss."""
   d_h_TD, d_u_VD = gradients
   g = cotangents.loss_sum
@@ -118,7 +150,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def cross_entropy(
   hidden_TD: jax.Array, unembedding_VD: jax.Array, targets_T: jax.Array, weights_T: jax.Array,
-  *, z_weight: float = 0.0, softcap: float = 0.0, chunk: int = 1024,
+  *, z_weight: float = 0.0, softcap: float = 0.0, chunk: int = 1024, spread: Spread = Spread(),
 ) -> CrossEntropy:
   """Returns weighted sums of cross-entropy, z-loss and correct predictions.
 
@@ -130,14 +162,14 @@ def cross_entropy(
   weights_T = jax.lax.stop_gradient(weights_T.astype(jnp.float32))
   targets_T = jnp.where(weights_T != 0, targets_T, 0)
   sums = _cross_entropy(
-    hidden_TD, unembedding_VD, targets_T, weights_T, z_weight, softcap, chunk
+    hidden_TD, unembedding_VD, targets_T, weights_T, z_weight, softcap, chunk, spread
   )
   return CrossEntropy(sums.loss_sum, *jax.lax.stop_gradient(sums[1:]))
 
 
 def token_log_probs(
   hidden_TD: jax.Array, unembedding_VD: jax.Array, targets_T: jax.Array, *,
-  softcap: float = 0.0, chunk: int = 1024,
+  softcap: float = 0.0, chunk: int = 1024, spread: Spread = Spread(),
 ) -> jax.Array:
   """Returns the log-probability of each target in nats, float32 [T].
 
@@ -146,8 +178,8 @@ def token_log_probs(
 
   def chunk_log_probs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     logits_TV = _chunk_logits(inputs[0], unembedding_VD, softcap)
-    target_logit_T = jnp.take_along_axis(logits_TV, inputs[1][:, None], axis=-1)[:, 0]
-    return target_logit_T - jax.nn.logsumexp(logits_TV, axis=-1)
+    _, lse_T, target_logit_T = _normalizers(logits_TV, inputs[1], spread)
+    return target_logit_T - lse_T
 
   if hidden_TD.shape[0] <= chunk:
     return chunk_log_probs((hidden_TD, targets_T))

@@ -26,6 +26,7 @@ from models.kernels.interface import Attention, Mask, softcapped
 from models.layers import MLP, AttentionProjections, Constrain, Embedding, model_norm
 from models.moe import AuxLosses, ExpertDispatch, MoE, ragged_dispatch
 from models.positions import alibi_slopes, rope_tables, rotate
+from models.spread import Spread
 from models.stack import RunLayers, run_layers
 
 HIDDEN_AXES = (axes.BATCH, axes.LENGTH, axes.EMBED_ACT)
@@ -44,7 +45,7 @@ class Seams:
   constrain(x, logical_names) -> x; attend: see `kernels.interface.Attention`, None means
   the one that the config names; attend_cached: see `kernels.decoding.DecodeAttention`, None
   means the one for the platform; run_layers: see `stack.RunLayers`; expert_dispatch: see
-  `moe.ExpertDispatch`.
+  `moe.ExpertDispatch`; spread: see `spread.Spread`.
   """
 
   constrain: Constrain = unconstrained
@@ -52,6 +53,7 @@ class Seams:
   attend_cached: Optional[DecodeAttention] = None
   run_layers: RunLayers = run_layers
   expert_dispatch: ExpertDispatch = ragged_dispatch
+  spread: Spread = Spread()
 
 
 class KV(NamedTuple):
@@ -80,6 +82,7 @@ class Context(NamedTuple):
   look: Look
   rope: dict[str, tuple[jax.Array, jax.Array]]  # tables by layer kind
   segment_ids_BL: Optional[jax.Array]
+  token_ids_BL: Optional[jax.Array]
 
 
 class LayerInput(NamedTuple):
@@ -89,12 +92,35 @@ class LayerInput(NamedTuple):
   dropout_key: Optional[jax.Array]
 
 
-def dropped(x: jax.Array, rate: float, key: Optional[jax.Array]) -> jax.Array:
+class Dropout(NamedTuple):
+  """Randomness of one call: keys of the embedding and of each layer, numbers of the tokens.
+
+  What is dropped of a token follows from key and number, however a batch is cut up.
+  """
+
+  embedding_key: jax.Array
+  layer_keys_N: jax.Array
+  token_ids_BL: jax.Array
+
+
+def dropout_of(config: ModelConfig, key: jax.Array, token_ids_BL: jax.Array) -> Dropout:
+  """Returns the randomness of a key; token numbers are distinct within a batch."""
+  embedding_key, blocks_key = jax.random.split(key)
+  return Dropout(embedding_key, jax.random.split(blocks_key, config.n_layers), token_ids_BL)
+
+
+def dropped(
+  x_BLD: jax.Array, rate: float, key: Optional[jax.Array], token_ids_BL: Optional[jax.Array]
+) -> jax.Array:
   """Returns x with a share `rate` zeroed and the rest rescaled; x itself without a key."""
   if key is None or rate == 0:
-    return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    return x_BLD
+
+  def kept(token_id: jax.Array) -> jax.Array:
+    return jax.random.bernoulli(jax.random.fold_in(key, token_id), 1 - rate, x_BLD.shape[-1:])
+
+  keep_BLD = jax.vmap(jax.vmap(kept))(token_ids_BL)
+  return jnp.where(keep_BLD, x_BLD / (1 - rate), 0).astype(x_BLD.dtype)
 
 
 class Block(nnx.Module):
@@ -117,7 +143,7 @@ class Block(nnx.Module):
   ) -> tuple[jax.Array, Any]:
     """Returns the attention output [B, L, D] and what the call's look keeps."""
     config, constrain = self.config, self.seams.constrain
-    q_BLHE, k_BLKE, v_BLKE = self.attention.project(x_BLD)
+    q_BLHE, k_BLKE, v_BLKE = self.attention.project(x_BLD, self.seams.spread)
     if config.positions == 'rope':
       q_BLHE, k_BLKE = rotate(q_BLHE, *context.rope[kind]), rotate(k_BLKE, *context.rope[kind])
     q_BLHE = constrain(q_BLHE, (axes.BATCH, axes.LENGTH, axes.HEADS_ACT, None))
@@ -129,14 +155,14 @@ class Block(nnx.Module):
       alibi_slopes_H=alibi_slopes(config.n_heads) if config.positions == 'alibi' else None,
     )
     out_BLHE = constrain(out_BLHE, (axes.BATCH, axes.LENGTH, axes.HEADS_ACT, None))
-    return self.attention.output(out_BLHE), kept
+    return self.attention.output(out_BLHE, self.seams.spread), kept
 
   def _feed_forward(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, AuxLosses]:
     """Returns the feed-forward output [B, L, D] and its auxiliary losses."""
     if isinstance(self.mlp, MoE):
       real_BL = None if context.segment_ids_BL is None else context.segment_ids_BL != 0
       return self.mlp(x_BLD, real_BL, self.seams.expert_dispatch)
-    return self.mlp(x_BLD, self.seams.constrain), no_aux_losses()
+    return self.mlp(x_BLD, self.seams.constrain, self.seams.spread), no_aux_losses()
 
   def _normed(self, name: str, x_BLD: jax.Array) -> jax.Array:
     """Returns x through the norm `name` where the placement has one."""
@@ -146,17 +172,17 @@ class Block(nnx.Module):
     self, x_BLD: jax.Array, kind: str, context: Context, inputs: LayerInput
   ) -> tuple[jax.Array, AuxLosses, Any]:
     """Returns the next hidden states, the auxiliary losses and what the look keeps."""
-    rate, keys = self.config.dropout, (None, None)
+    rate, keys, token_ids_BL = self.config.dropout, (None, None), context.token_ids_BL
     if inputs.dropout_key is not None:
       keys = tuple(jax.random.split(inputs.dropout_key))
     attended_BLD, kept = self._attend(
       self._normed('attention_norm', x_BLD), kind, context, inputs.memory
     )
     attended_BLD = self._normed('attention_out_norm', attended_BLD)
-    attended_BLD = dropped(attended_BLD, rate, keys[0])
+    attended_BLD = dropped(attended_BLD, rate, keys[0], token_ids_BL)
     between_BLD = x_BLD if self.config.parallel_residual else x_BLD + attended_BLD
     fed_BLD, aux = self._feed_forward(self._normed('mlp_norm', between_BLD), context)
-    fed_BLD = dropped(self._normed('mlp_out_norm', fed_BLD), rate, keys[1])
+    fed_BLD = dropped(self._normed('mlp_out_norm', fed_BLD), rate, keys[1], token_ids_BL)
     x_BLD = x_BLD + attended_BLD + fed_BLD
     return self.seams.constrain(x_BLD, HIDDEN_AXES), aux, kept
 
@@ -193,7 +219,7 @@ class Transformer(nnx.Module):
         f'{self.config.context_length}; shorten it or raise model.context_length'
       )
 
-  def _own_row(self, segment_ids_BL: Optional[jax.Array], *, keep: bool) -> Look:
+  def own_row(self, segment_ids_BL: Optional[jax.Array], *, keep: bool = False) -> Look:
     """Returns the look of whole rows at themselves, causal; it may keep keys and values."""
     attend = self.seams.attend or configured_attention(self.config)
 
@@ -206,19 +232,25 @@ class Transformer(nnx.Module):
 
     return look
 
-  def _run(
-    self, tokens_BL: jax.Array, positions: jax.Array, look: Look, *, memory: Any = None,
-    segment_ids_BL: Optional[jax.Array] = None, dropout_key: Optional[jax.Array] = None,
+  def embedded(
+    self, tokens_BL: jax.Array, positions: jax.Array, dropout: Optional[Dropout] = None
+  ) -> jax.Array:
+    """Returns what enters the first block, [B, l, D]; positions are [L] or [B, L]."""
+    x_BlD = self.embedding(tokens_BL, positions, self.seams.spread)
+    x_BlD = self.seams.constrain(x_BlD, HIDDEN_AXES)
+    if dropout is None:
+      return x_BlD
+    token_ids_Bl = self.seams.spread.own(dropout.token_ids_BL)
+    return dropped(x_BlD, self.config.dropout, dropout.embedding_key, token_ids_Bl)
+
+  def through_blocks(
+    self, x_BlD: jax.Array, positions: jax.Array, look: Look, *, memory: Any = None,
+    segment_ids_BL: Optional[jax.Array] = None, dropout: Optional[Dropout] = None,
+    run_layers: Optional[RunLayers] = None,
   ) -> tuple[jax.Array, AuxLosses, Any]:
-    """Returns final hidden states, auxiliary losses and what the look kept of all layers."""
+    """Returns hidden states [B, l, D], auxiliary losses and what the look kept of all layers."""
     config = self.config
     graphdef, params = nnx.split(self.blocks)
-    x_BLD = self.seams.constrain(self.embedding(tokens_BL, positions), HIDDEN_AXES)
-    layer_keys = None
-    if dropout_key is not None and config.dropout:
-      embedding_key, blocks_key = jax.random.split(dropout_key)
-      x_BLD = dropped(x_BLD, config.dropout, embedding_key)
-      layer_keys = jax.random.split(blocks_key, config.n_layers)
     rope = {}
     if config.positions == 'rope':
       rope = {
@@ -227,36 +259,47 @@ class Transformer(nnx.Module):
         )
         for kind in sorted(set(config.layer_kinds))
       }
-    context = Context(look, rope, segment_ids_BL)
+    token_ids_Bl = None if dropout is None else self.seams.spread.own(dropout.token_ids_BL)
+    context = Context(look, rope, segment_ids_BL, token_ids_Bl)
 
     def body(kind: str, carry, inputs):
-      x_BLD, aux = carry
+      x_BlD, aux = carry
       block_params, layer_input = inputs
       block = nnx.merge(graphdef, block_params)
-      x_BLD, layer_aux, kept = block(x_BLD, kind, context, layer_input)
-      return (x_BLD, jax.tree.map(jnp.add, aux, layer_aux)), kept
+      x_BlD, layer_aux, kept = block(x_BlD, kind, context, layer_input)
+      return (x_BlD, jax.tree.map(jnp.add, aux, layer_aux)), kept
 
-    (x_BLD, aux), kept = self.seams.run_layers(
-      body, (x_BLD, no_aux_losses()), (params, LayerInput(memory, layer_keys)), config
+    layer_keys = None if dropout is None else dropout.layer_keys_N
+    (x_BlD, aux), kept = (run_layers or self.seams.run_layers)(
+      body, (x_BlD, no_aux_losses()), (params, LayerInput(memory, layer_keys)), config
     )
-    return self.final_norm(x_BLD), aux, kept
+    return x_BlD, aux, kept
+
+  def _run(
+    self, tokens_BL: jax.Array, positions: jax.Array, look: Look, *,
+    dropout: Optional[Dropout] = None, **options: Any,
+  ) -> tuple[jax.Array, AuxLosses, Any]:
+    """Returns final hidden states, auxiliary losses and what the look kept of all layers."""
+    x_BlD = self.embedded(tokens_BL, positions, dropout)
+    x_BlD, aux, kept = self.through_blocks(x_BlD, positions, look, dropout=dropout, **options)
+    return self.final_norm(x_BlD), aux, kept
 
   def __call__(
     self, tokens_BL: jax.Array, segment_ids_BL: Optional[jax.Array] = None,
-    positions_BL: Optional[jax.Array] = None, *, dropout_key: Optional[jax.Array] = None,
+    positions_BL: Optional[jax.Array] = None, *, dropout: Optional[Dropout] = None,
   ) -> tuple[jax.Array, AuxLosses]:
-    """Returns final hidden states [B, L, D] in the compute dtype, and auxiliary losses.
+    """Returns final hidden states [B, l, D] in the compute dtype, and auxiliary losses.
 
-    Segment 0 is padding. Positions default to 0..L-1. Dropout acts only with a key.
-    Raises ValueError when L exceeds the context length.
+    Segment 0 is padding. Positions default to 0..L-1. Raises ValueError when L exceeds the
+    context length.
     """
     self._check_length(tokens_BL.shape[1])
     positions = np.arange(tokens_BL.shape[1]) if positions_BL is None else positions_BL
-    hidden_BLD, aux, _ = self._run(
-      tokens_BL, positions, self._own_row(segment_ids_BL, keep=False),
-      segment_ids_BL=segment_ids_BL, dropout_key=dropout_key,
+    hidden_BlD, aux, _ = self._run(
+      tokens_BL, positions, self.own_row(segment_ids_BL), segment_ids_BL=segment_ids_BL,
+      dropout=dropout,
     )
-    return hidden_BLD, aux
+    return hidden_BlD, aux
 
   def read(self, tokens_BL: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KV]:
     """Returns hidden states [B, L, D] and keys and values of rows right-padded to L tokens.
@@ -273,7 +316,7 @@ class Transformer(nnx.Module):
       return jnp.zeros((B, 0, config.d_model), dtype), KV(*[jnp.zeros(shape, dtype)] * 2)
     segment_ids_BL = (np.arange(L) < lengths_B[:, None]).astype(jnp.int32)
     hidden_BLD, _, kv = self._run(
-      tokens_BL, np.arange(L), self._own_row(segment_ids_BL, keep=True),
+      tokens_BL, np.arange(L), self.own_row(segment_ids_BL, keep=True),
       segment_ids_BL=segment_ids_BL,
     )
     return hidden_BLD, kv

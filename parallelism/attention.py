@@ -63,3 +63,17 @@ def decode_over_mesh(mesh: Mesh, attend):
         out_specs=(queries, partition_spec(('batch', 'heads_act'))))
     return mapped(q_BHE, cache, jnp.asarray(layer), slopes)
   return sharded
+
+
+def with_own_slopes(attend, axis: str):
+  """Returns `attend` for inside a manual `shard_map` whose mesh axis splits the heads.
+
+  ALiBi's slopes are given for all heads; each device uses those of its own.
+  """
+  def local(q_BLHE, k_BMKE, v_BMKE, *, alibi_slopes_H=None, **options: Any):
+    if alibi_slopes_H is not None:
+      H = q_BLHE.shape[2]
+      alibi_slopes_H = jax.lax.dynamic_slice_in_dim(
+          jnp.asarray(alibi_slopes_H), jax.lax.axis_index(axis) * H, H)
+    return attend(q_BLHE, k_BMKE, v_BMKE, alibi_slopes_H=alibi_slopes_H, **options)
+  return local

@@ -1,4 +1,4 @@
-"""Runs a pipeline schedule inside one compiled program: every stage on its own devices.
+"""Runs a pipeline schedule inside a manual `shard_map`: every stage on its own devices.
 
 Each tick of the table is one step of a scan. A stage looks up what it has to do, runs it under
 `lax.cond`, so that idle halves of a tick execute nothing, and hands its output to the next stage
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
 from parallelism.schedules import IDLE, Schedule, slots
 
@@ -21,14 +20,14 @@ AXIS = 'stage'
 class Parts(NamedTuple):
   """A model cut into what the ends of the pipeline do and what every chunk does.
 
-  first(shared, micro) -> x; chunk(params, x, micro) -> (x, loss, sums); last(shared, x, micro) ->
-  (loss, sums). The losses are scalars and add up to the objective, over chunks, ends and
-  microbatches; sums are trees of scalars of one structure, added up the same way. x has one shape
-  throughout.
+  first(shared, micro) -> x; chunk(params, place, x, micro) -> (x, loss, sums); last(shared, x,
+  micro) -> (loss, sums). A place is chunk c * S + s of the model, an int32 scalar. The losses are
+  scalars and add up to the objective, over chunks, ends and microbatches; sums are trees of
+  scalars of one structure, added up the same way. x has one shape throughout.
   """
 
   first: Callable[[Any, Any], jax.Array]
-  chunk: Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+  chunk: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
   last: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -83,6 +82,9 @@ class _Stage:
   def _is_first(self, chunk: jax.Array) -> jax.Array:
     return (self.number == 0) & (chunk == 0)
 
+  def _place(self, chunk: jax.Array) -> jax.Array:
+    return chunk * self.n_stages + self.number
+
   def _is_last(self, chunk: jax.Array) -> jax.Array:
     return (self.number == self.n_stages - 1) & (chunk == self.n_chunks - 1)
 
@@ -94,7 +96,8 @@ class _Stage:
         self._is_first(chunk), lambda: self.parts.first(self.shared, micro).astype(carry.x.dtype),
         lambda: carry.x)
     y = jax.lax.cond(self._is_last(chunk), lambda: x,
-                     lambda: self.parts.chunk(_at(self.chunks, chunk), x, micro)[0])
+                     lambda: self.parts.chunk(
+                         _at(self.chunks, chunk), self._place(chunk), x, micro)[0])
     return carry._replace(
         x=y, stored=jax.lax.dynamic_update_index_in_dim(carry.stored, x, row.forward_slot, 0),
         ran=carry.ran.at[0].add(1))
@@ -103,16 +106,17 @@ class _Stage:
     """Adds the gradients of a chunk, and of the ends where it is at one."""
     microbatch, chunk = row.backward
     micro, params = _at(self.micros, microbatch), _at(self.chunks, chunk)
-    x = _at(carry.stored, row.backward_slot)
+    x, place = _at(carry.stored, row.backward_slot), self._place(chunk)
 
     def inner(carry: Carry) -> tuple[Carry, jax.Array]:
-      (_, loss, sums), vjp = jax.vjp(lambda p, x: self.parts.chunk(p, x, micro), params, x)
+      (_, loss, sums), vjp = jax.vjp(
+          lambda p, x: self.parts.chunk(p, place, x, micro), params, x)
       d_params, d_x = vjp((carry.g, jnp.ones_like(loss), jax.tree.map(jnp.zeros_like, sums)))
       return self._added(carry, chunk, loss, sums, d_params), d_x
 
     def final(carry: Carry) -> tuple[Carry, jax.Array]:
       def whole(p, shared, x):
-        x, loss, sums = self.parts.chunk(p, x, micro)
+        x, loss, sums = self.parts.chunk(p, place, x, micro)
         end_loss, end_sums = self.parts.last(shared, x, micro)
         return loss + end_loss, _plus(sums, end_sums)
       loss, vjp, sums = jax.vjp(whole, params, self.shared, x, has_aux=True)
@@ -148,57 +152,47 @@ class _Stage:
                           g=jax.lax.ppermute(carry.g, AXIS, back)), carry.ran
 
 
-def _zeros(tree: Any) -> Any:
-  """Returns zeros of the shapes and dtypes of a tree."""
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+def _zeros(tree: Any, dtype: Any = None) -> Any:
+  """Returns zeros of the shapes of a tree, of its dtypes unless one is given."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), tree)
 
 
 def _check(schedule: Schedule, chunks: Any, micros: Any) -> None:
   """Raises ValueError where parameters or microbatches are not those of the schedule."""
-  for what, tree, sizes in (
-      ('chunks', chunks, (schedule.n_stages, schedule.n_chunks)),
-      ('micros', micros, (schedule.n_microbatches,))):
+  for what, tree, size in (('chunks', chunks, schedule.n_chunks),
+                           ('micros', micros, schedule.n_microbatches)):
     for path, leaf in jax.tree.leaves_with_path(tree):
-      if leaf.shape[:len(sizes)] != sizes:
+      if leaf.shape[:1] != (size,):
         raise ValueError(f'{what}{jax.tree_util.keystr(path)} of shape {leaf.shape} does not begin '
-                         f'with {sizes}, as {schedule.name} of {schedule.n_stages} stages wants')
+                         f'with {size}, as {schedule.name} of {schedule.n_stages} stages wants')
 
 
-def value_and_grad(parts: Parts, schedule: Schedule, mesh: Mesh) -> Callable:
-  """Returns f(chunks, shared, micros) -> (loss, sums), (gradients of chunks, of shared), ran.
+def run(parts: Parts, schedule: Schedule, chunks: Any, shared: Any, micros: Any):
+  """Returns the stage's (loss, sums), (gradients of chunks, of shared), ran.
 
-  To be called inside jit. Leaves of `chunks` are [S, C, ...]: entry [s, c] belongs to place
-  c * S + s of the model, split over the mesh axis 'stage'. Leaves of `micros` are [M, ...].
-  `shared` is what the ends use; every stage holds it. The other mesh axes stay with the compiler.
-  `ran`, int32 [ticks, S, 2], counts the forwards and backwards that stages ran.
+  To be called by every device, with the mesh axis 'stage' manual. All that comes back is the
+  stage's own share: the objective and the gradients of `shared` are sums over stages. Gradients
+  are float32. `ran`, int32 [ticks, 2], counts the forwards and backwards that the stage ran.
+
+  Args:
+    parts: the model.
+    schedule: of two stages or more.
+    chunks: parameters of the stage's chunks, leaves [C, ...].
+    shared: parameters of the ends; every stage holds them.
+    micros: microbatches, leaves [M, ...].
 
   Raises:
-    ValueError: the mesh, parameters or microbatches do not have the schedule's numbers.
+    ValueError: parameters or microbatches do not have the schedule's numbers.
   """
-  if mesh.shape[AXIS] != schedule.n_stages:
-    raise ValueError(f'the mesh has {mesh.shape[AXIS]} stages, the schedule {schedule.n_stages}')
+  _check(schedule, chunks, micros)
   kept = slots(schedule)
   rows = Row(*map(jnp.asarray, (schedule.forward, kept.forward, schedule.backward, kept.backward)))
-
-  def run(chunks: Any, shared: Any, micros: Any):
-    chunks = jax.tree.map(lambda x: x[0], chunks)
-    stage = _Stage(parts, schedule, chunks, shared, micros)
-    x = jax.eval_shape(parts.first, shared, jax.tree.map(lambda x: x[0], micros))
-    _, loss, sums = jax.eval_shape(
-        parts.chunk, jax.tree.map(lambda x: x[0], chunks), x, jax.tree.map(lambda x: x[0], micros))
-    carry = Carry(_zeros(x), _zeros(x), jnp.zeros((kept.n_slots, *x.shape), x.dtype), _zeros(loss),
-                  _zeros(sums), _zeros(chunks), _zeros(shared), jnp.zeros(2, jnp.int32))
-    carry, ran = jax.lax.scan(stage.tick, carry, rows)
-    loss, sums, d_shared = jax.lax.psum((carry.loss, carry.sums, carry.d_shared), AXIS)
-    d_chunks = jax.tree.map(lambda x: x[None], carry.d_chunks)
-    return (loss, sums), (d_chunks, d_shared), ran[:, None]
-
-  by_stage, whole = PartitionSpec(AXIS), PartitionSpec()
-  mapped = jax.shard_map(
-      run, mesh=mesh, axis_names={AXIS}, in_specs=(by_stage, whole, whole),
-      out_specs=((whole, whole), (by_stage, whole), PartitionSpec(None, AXIS)), check_vma=False)
-
-  def checked(chunks: Any, shared: Any, micros: Any):
-    _check(schedule, chunks, micros)
-    return mapped(chunks, shared, micros)
-  return checked
+  stage = _Stage(parts, schedule, chunks, shared, micros)
+  one = jax.tree.map(lambda x: x[0], (chunks, micros))
+  x = jax.eval_shape(parts.first, shared, one[1])
+  _, loss, sums = jax.eval_shape(parts.chunk, one[0], jnp.int32(0), x, one[1])
+  carry = Carry(_zeros(x), _zeros(x), jnp.zeros((kept.n_slots, *x.shape), x.dtype), _zeros(loss),
+                _zeros(sums), _zeros(chunks, jnp.float32), _zeros(shared, jnp.float32),
+                jnp.zeros(2, jnp.int32))
+  carry, ran = jax.lax.scan(stage.tick, carry, rows)
+  return (carry.loss, carry.sums), (carry.d_chunks, carry.d_shared), ran

@@ -1,4 +1,4 @@
-"""The sharding table: which mesh axes split each logical axis, and what follows from it."""
+"""The sharding tables: which mesh axes split each logical axis, and what follows from them."""
 
 import math
 from typing import Any
@@ -6,22 +6,30 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Logical axis name -> mesh axes that split it. Parameters are stored split over fsdp and tensor;
-# activations are split over the batch and, inside a layer, over heads and feed-forward width.
-TABLE: dict[str | None, tuple[str, ...]] = {
+Names = tuple[str | None, ...]
+
+# Logical axis of a parameter -> mesh axes that split it where it is stored, outermost first.
+STORAGE: dict[str | None, tuple[str, ...]] = {
     None: (),
-    # Parameters.
     'layers': (),
-    'embed': ('fsdp',),
+    'embed': ('fsdp', 'expert', 'context', 'stage'),
     'mlp': ('tensor',),
     'heads': ('tensor',),
     'kv_heads': ('tensor',),
     'head': (),
     'vocab': ('tensor',),
-    'experts': (),
     'positions': (),
-    # Activations.
-    'batch': ('data', 'fsdp'),
+    'experts': ('expert', 'tensor'),
+    'expert_embed': ('fsdp', 'context', 'stage'),
+    'expert_mlp': (),
+}
+# Logical axes of which all parts are gathered for use; the others stay split.
+GATHERED = ('embed', 'expert_embed')
+# Logical axis of an activation -> mesh axes that split it.
+ACTIVATIONS: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    'batch': ('data', 'fsdp', 'expert'),
+    'row': ('context',),  # tokens of a row of training data
     'length': (),
     'embed_act': (),
     'heads_act': ('tensor',),
@@ -29,14 +37,16 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     'mlp_act': ('tensor',),
     'vocab_act': ('tensor',),
 }
+TABLE = STORAGE | ACTIVATIONS
+TOKEN_AXES = ('data', 'fsdp', 'expert', 'context')  # devices along these hold distinct tokens
 
 
-def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
+def partition_spec(names: Names) -> PartitionSpec:
   """Returns the PartitionSpec of an array whose axes carry these logical names."""
   axes = []
   for name in names:
     if name not in TABLE:
-      raise KeyError(f'logical axis {name!r} is not in the sharding table')
+      raise KeyError(f'logical axis {name!r} is not in the sharding tables')
     axes.append(TABLE[name] or None)
   return PartitionSpec(*axes)
 
@@ -67,6 +77,8 @@ def parameter_shardings(mesh: Mesh, logical_axes: Any) -> Any:
 def check_divisible(mesh: Mesh, shapes: Any, logical_axes: Any) -> None:
   """Raises ValueError naming the first parameter axis that its mesh axes do not divide.
 
+  The sentence gives the nearest number of devices that does.
+
   Args:
     mesh: the mesh.
     shapes: tree of arrays or ShapeDtypeStruct.
@@ -75,11 +87,18 @@ def check_divisible(mesh: Mesh, shapes: Any, logical_axes: Any) -> None:
   flat_names = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
   for (path, leaf), names in zip(jax.tree.leaves_with_path(shapes), flat_names, strict=True):
     for size, name in zip(leaf.shape, names, strict=True):
-      parts = math.prod(mesh.shape[axis] for axis in TABLE[name])
+      parts = math.prod(mesh.shape[axis] for axis in STORAGE[name])
       if size % parts:
-        axes = ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in TABLE[name])
+        axes = ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in STORAGE[name]
+                          if mesh.shape[axis] > 1)
         raise ValueError(f'parameter {path_name(path)}: its {name!r} axis of {size} is not '
-                         f'divided by {axes}')
+                         f'divided by {axes}; {nearest_divisor(size, parts)} parts would fit')
+
+
+def nearest_divisor(size: int, parts: int) -> int:
+  """Returns the divisor of `size` closest to `parts`, the smaller of two."""
+  divisors = [n for n in range(1, size + 1) if size % n == 0]
+  return min(divisors, key=lambda n: (abs(n - parts), n))
 
 
 def path_name(path: tuple) -> str:

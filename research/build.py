@@ -1,7 +1,14 @@
-"""Where models and parallelism meet: a config and a mesh become a laid-out model and its step."""
+"""Where models and parallelism meet: a config and a mesh become a laid-out model and its step.
 
+A training step and the held-out loss run by `over_devices`: every device on its own part, with
+collectives written out. What observes a model (monitors, samples) leaves its layout to the compiler.
+"""
+
+from collections.abc import Callable
 import ctypes
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
@@ -22,14 +29,19 @@ from models.attention import (
 from models.config import ModelConfig
 from models.kernels.decoding import Decoded
 from models.kernels.interface import Attended
-from models.stack import scans_layers
-from parallelism import sharding
-from parallelism.attention import decode_over_mesh, over_mesh
+from models.spread import Spread
+from models.stack import run_layers, scans_layers
+from parallelism import schedules, sharding
+from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
+from parallelism.spread import OverTensor
+from parallelism.storage import LABEL, STAGE, Storage, over_devices, specs
 from research.config import ExperimentConfig
+from research.training import pipelined
 from research.training import step as step_lib
 from research.training.optimizers import make_optimizer, schedule
 
-BATCH_NAMES = ('batch', 'length')
+BATCH_NAMES = ('batch', 'row')
+MICROBATCHES_PER_STAGE = 4  # of a pipeline whose micro-batches are not configured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +51,10 @@ class Build:
   Attributes:
     config: the experiment, numerics resolved.
     mesh: the device mesh.
-    graphdef: static structure of the Flax model; `transformer.apply(graphdef, params)` runs it.
+    graphdef: static structure of the Flax model; `transformer.apply(graphdef, params)` runs it
+      under jit, laid out by the compiler.
+    device_graphdef: the same for `over_devices`, on a device's part of the parameters.
+    names: logical axis names of the parameters.
     optimizer: the Optax transformation at learning rate 1.
     n_micro: micro-batches per step.
     abstract_state: State of ShapeDtypeStruct with shardings.
@@ -48,6 +63,8 @@ class Build:
   config: ExperimentConfig
   mesh: Mesh
   graphdef: Any
+  device_graphdef: Any
+  names: Any
   optimizer: optax.GradientTransformation
   n_micro: int
   abstract_state: step_lib.State
@@ -77,8 +94,7 @@ class Build:
     """Returns the jitted step(state, batch) -> (state, metrics), to be used by `in_mesh`."""
     config = self.config
     step = step_lib.make_train_step(
-        config, self.graphdef, self.optimizer, schedule(config.optimizer, config.n_steps),
-        self.n_micro)
+        config, self.total_up(), self.optimizer, schedule(config.optimizer, config.n_steps))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     return jax.jit(step, donate_argnums=0,
                    out_shardings=(shardings, sharding.replicated(self.mesh)))
@@ -87,10 +103,27 @@ class Build:
     """Returns the step(state, batch) -> (state, metrics) of a run; the state is donated."""
     return _trimmed(self.in_mesh(self.jitted_step()))
 
+  @property
+  def storage(self) -> Storage:
+    """How parameters are gathered and their gradients summed."""
+    return _storage(self.config, self.mesh)
+
+  def total_up(self):
+    """Returns f(params, batch, key data, n_tokens) -> (loss, metric sums, gradients)."""
+    parameters, rows = specs(self.names), sharding.partition_spec(BATCH_NAMES)
+    whole = sharding.partition_spec(())
+    on_device = _pipelined(self) if self.mesh.shape[STAGE] > 1 else _accumulated(self)
+    return over_devices(self.mesh, on_device, (parameters, rows, whole, whole),
+                        step_lib.Totals(whole, whole, parameters))
+
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""
-    return self.in_mesh(jax.jit(step_lib.make_eval_step(self.config, self.graphdef),
-                                 out_shardings=sharding.replicated(self.mesh)))
+    gather = functools.partial(_gather_ends, self.storage, self.names)
+    rows = sharding.partition_spec(BATCH_NAMES)
+    evaluate = over_devices(
+        self.mesh, step_lib.make_eval_step(self.config, self.device_graphdef, gather),
+        (specs(self.names), rows), rows)
+    return self.in_mesh(jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh)))
 
   def in_mesh(self, function):
     """Returns the function run under this mesh and the configured matmul precision."""
@@ -152,29 +185,147 @@ def _fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
                         ema=ema, rng=jax.random.key_data(jax.random.key(config.seed)))
 
 
+def _storage(config: ExperimentConfig, mesh: Mesh) -> Storage:
+  return Storage(dict(mesh.shape), config.model.compute_dtype, config.compute.reduce_dtype)
+
+
+def _gather_ends(storage: Storage, names: Any, params: Any, without: tuple[str, ...] = ()) -> Any:
+  """Returns the parameters with those outside the blocks made whole."""
+  ends = {name: storage.gathered(params[name], names[name], without) for name in step_lib.ENDS}
+  return {**params, **ends}
+
+
+def _gathering(storage: Storage, block_names: Any, without: tuple[str, ...], run) -> Callable:
+  """Returns a `RunLayers` in which the parameters of a layer are made whole where it runs.
+
+  Backward gathers them again, whatever else is kept for it.
+  """
+  def run_whole(body, carry, inputs, config):
+    def whole_body(kind, carry, inputs):
+      params, rest = inputs
+      return body(kind, carry, (storage.gathered(params, block_names, without), rest))
+
+    def forgetful(kind, carry, inputs):
+      policy = jax.checkpoint_policies.save_anything_except_these_names(LABEL)
+      return jax.checkpoint(functools.partial(whole_body, kind), policy=policy)(carry, inputs)
+    return run(forgetful if config.remat == 'none' else whole_body, carry, inputs, config)
+  return run_whole
+
+
+def _of_one_layer(names: Any) -> Any:
+  """Returns the logical names of blocks without the axis that stacks them."""
+  return jax.tree.map(lambda leaf: leaf[1:], names, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def _accumulated(built: Build):
+  """Returns what `Build.total_up` runs on a device: its micro-batches one after another."""
+  config, storage, names = built.config, built.storage, built.names
+  if config.compute.gather == 'layer':
+    gather = functools.partial(_gather_ends, storage, names)
+    loss = step_lib.make_loss(config, built.device_graphdef, gather)
+    totals_of = step_lib.make_accumulate(loss, built.n_micro)
+  else:
+    loss = step_lib.make_loss(config, built.device_graphdef)
+    accumulate = step_lib.make_accumulate(loss, built.n_micro)
+
+    def totals_of(params, batch, key, n_tokens):
+      totals = accumulate(storage.gathered(params, names), batch, key, n_tokens)
+      return totals._replace(gradients=storage.scattered(totals.gradients, names))
+
+  def on_device(params, batch, key_data, n_tokens):
+    totals = totals_of(params, batch, jax.random.wrap_key_data(key_data), n_tokens)
+    return step_lib.Totals(*storage.total(totals[:2]), storage.summed(totals.gradients, names))
+  return on_device
+
+
+def _pipelined(built: Build):
+  """Returns what `Build.total_up` runs on a device: its stage's part of all micro-batches."""
+  config, storage, names = built.config, built.storage, built.names
+  n_stages, compute = built.mesh.shape[STAGE], config.compute
+  order_Pn = pipelined.layer_order(config.model.n_layers, n_stages, compute.pipeline_chunks)
+  order_SN = pipelined.by_stage(order_Pn, n_stages)
+  planned = schedules.schedule(compute.pipeline, n_stages, built.n_micro, compute.pipeline_chunks)
+  end_names = {name: names[name] for name in step_lib.ENDS}
+  by_layer = compute.gather == 'layer'
+  whole = functools.partial(storage.gathered, without=(STAGE,))
+  gather = (lambda ends: whole(ends, end_names)) if by_layer else lambda ends: ends
+  own_run = functools.partial(_gathering, storage, _of_one_layer(names['blocks']), (STAGE,))
+  run = pipelined.make_pipelined(config, built.device_graphdef, planned, order_Pn, gather,
+                                 own_run if by_layer else lambda run: run)
+
+  def on_device(params, batch, key_data, n_tokens):
+    blocks = storage.to_stages(params['blocks'], names['blocks'], order_SN)
+    ends = storage.to_ends({name: params[name] for name in step_lib.ENDS}, end_names)
+    if not by_layer:
+      blocks, ends = whole(blocks, names['blocks']), whole(ends, end_names)
+    totals, _ = run(blocks, ends, batch, jax.random.wrap_key_data(key_data), n_tokens)
+    d_blocks = totals.gradients.pop('blocks')
+    d_ends = totals.gradients
+    if not by_layer:
+      scattered = functools.partial(storage.scattered, without=(STAGE,))
+      d_blocks, d_ends = scattered(d_blocks, names['blocks']), scattered(d_ends, end_names)
+    gradients = {**storage.from_ends(d_ends, end_names),
+                 'blocks': storage.from_stages(d_blocks, names['blocks'], order_SN)}
+    return step_lib.Totals(*storage.total(totals[:2]), storage.summed(gradients, names))
+  return on_device
+
+
+def _replicas(mesh: Mesh) -> int:
+  """Returns how many parts the mesh splits the rows of a batch into."""
+  return math.prod(mesh.shape[axis] for axis in sharding.ACTIVATIONS['batch'])
+
+
+def _split_by(mesh: Mesh, axes: tuple[str, ...]) -> str:
+  """Returns the axes that have several devices, and their sizes, in words."""
+  return ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1)
+
+
 def count_microbatches(config: ExperimentConfig, mesh: Mesh) -> int:
   """Returns into how many micro-batches a step is cut.
 
   The fewest that keep a replica's micro-batch within compute.microbatch_tokens. Its default on
   CPU (1,024 tokens, 2,048 from width 320) keeps activations near the cache; accelerators take
-  the batch whole.
+  the batch whole. A pipeline has MICROBATCHES_PER_STAGE by default, or as many as its rows allow.
 
   Raises:
     ValueError: the batch is not divided by the mesh.
   """
-  replicas = mesh.shape['data'] * mesh.shape['fsdp']
+  replicas, n_stages = _replicas(mesh), mesh.shape[STAGE]
   if config.data.batch_size % replicas:
-    raise ValueError(f'data.batch_size={config.data.batch_size} is not divided by mesh.data='
-                     f'{mesh.shape["data"]} x mesh.fsdp={mesh.shape["fsdp"]}')
+    near = max(1, round(config.data.batch_size / replicas)) * replicas
+    raise ValueError(f'data.batch_size={config.data.batch_size} is not divided by '
+                     f'{_split_by(mesh, sharding.ACTIVATIONS["batch"])}; {near} is')
   rows = config.data.batch_size // replicas
-  target = config.compute.microbatch_tokens
+  target, grouped = config.compute.microbatch_tokens, 1
+  if n_stages > 1 and config.compute.pipeline == 'interleaved':
+    grouped = n_stages
+  counts = [n for n in range(1, rows + 1) if rows % n == 0 and n % grouped == 0]
+  if not counts:
+    raise ValueError(
+        f'interleaved 1F1B takes micro-batches in groups of mesh.stage={n_stages}, which do not '
+        f'divide the {rows} rows of a replica; data.batch_size={-(-rows // n_stages) * n_stages * replicas}'
+        ' fits')
+  if not target and n_stages > 1:
+    return max([n for n in counts if n <= MICROBATCHES_PER_STAGE * n_stages] or counts[:1])
   if not target:
     if mesh.devices.flat[0].platform != 'cpu':
       return 1
     target = 1024 if config.model.d_model < 320 else 2048
-  fitting = [n for n in range(1, rows + 1)
-             if rows % n == 0 and rows // n * config.data.sequence_length <= target]
-  return fitting[0] if fitting else rows
+  tokens = config.data.sequence_length // mesh.shape['context']
+  fitting = [n for n in counts if rows // n * tokens <= target]
+  return fitting[0] if fitting else counts[-1]
+
+
+def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
+  """Raises ValueError where the mesh does not divide the tokens of a row."""
+  tensor = mesh.shape['tensor'] if config.compute.sequence else 1
+  parts = mesh.shape['context'] * tensor
+  if config.data.sequence_length % parts:
+    axes = ('context', 'tensor') if tensor > 1 else ('context',)
+    raise ValueError(
+        f'data.sequence_length={config.data.sequence_length} is not divided by '
+        f'{_split_by(mesh, axes)}; {config.data.sequence_length // parts * parts or parts} is'
+        f'{", or compute.sequence=False" if tensor > 1 else ""}')
 
 
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
@@ -183,6 +334,25 @@ def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   attention, _ = choose_attention(config.model, hardware(device), config.data.sequence_length)
   return {'n_micro': count_microbatches(config, mesh), 'attention': attention,
           'scan_layers': 'scan' if scans_layers(config.model, device.platform) else 'unroll'}
+
+
+def _observing_seams(model: ModelConfig, mesh: Mesh) -> transformer.Seams:
+  """Returns the seams of a model that the compiler lays out."""
+  return transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh),
+                           attend_cached=_decode_kernel(model, mesh))
+
+
+def _device_seams(config: ExperimentConfig, mesh: Mesh, names: Any) -> transformer.Seams:
+  """Returns the seams of a model of which every device runs its part."""
+  attend, n_tensor = configured_attention(config.model), mesh.shape['tensor']
+  if n_tensor > 1:
+    attend = with_own_slopes(attend, 'tensor')
+  run, storage = run_layers, _storage(config, mesh)
+  if config.compute.gather == 'layer' and mesh.size > 1:
+    run = _gathering(storage, _of_one_layer(names['blocks']), (), run)
+  return transformer.Seams(
+      attend=attend, run_layers=run,
+      spread=OverTensor(n_tensor, config.compute.sequence) if n_tensor > 1 else Spread())
 
 
 def _kernel(model: ModelConfig, mesh: Mesh):
@@ -217,8 +387,7 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
                               attention=numerics['attention'])
   check_attention(model, hardware(mesh.devices.flat[0]))
   config = dataclasses.replace(config, model=model)
-  seams = transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh),
-                            attend_cached=_decode_kernel(model, mesh))
+  _check_rows(config, mesh)
   axes = transformer.logical_axes(model)
   sharding.check_divisible(mesh, transformer.abstract_params(model), axes)
   optimizer = make_optimizer(config.optimizer, axes)
@@ -231,5 +400,7 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
   abstract = jax.tree.map(
       lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
       shapes, shardings)
-  return Build(config, mesh, transformer.build(model, seams), optimizer, numerics['n_micro'],
-               abstract)
+  return Build(
+      config, mesh, transformer.build(model, _observing_seams(model, mesh)),
+      transformer.build(model, _device_seams(config, mesh, axes)), axes, optimizer,
+      numerics['n_micro'], abstract)

@@ -62,14 +62,32 @@ class ComputeConfig:
   KIND: ClassVar[str] = 'placement'
 
   microbatch_tokens: A[int, 'tokens per micro-batch and data replica inside the step; 0 chooses '
-                       'by platform and width (CPU: what stays in cache; else the whole batch)'] = 0
+                       'by platform and width (CPU: what stays in cache; a pipeline: 4 per stage; '
+                       'else the whole batch)'] = 0
   loss_chunk: A[int, 'tokens whose logits exist at one time'] = 1024
   matmul_precision: A[str, "precision of f32 matmuls: 'default', 'high' or 'highest'"] = 'default'
+  gather: A[str, "when split parameters are made whole: 'layer' (each where it runs, again in "
+            "backward) or 'step' (all once; gradients are scattered once)"] = 'layer'
+  reduce_dtype: A[str, 'dtype in which gradients are summed over devices: float32 or '
+                  'bfloat16'] = 'float32'
+  sequence: A[bool, 'whether mesh.tensor also splits the tokens between the branches of a '
+              'block'] = True
+  context: A[str, "attention over mesh.context: 'ring' (keys go round) or 'all_to_all' (each "
+             'device has whole rows of some heads)'] = 'ring'
+  pipeline: A[str, "schedule of mesh.stage: '1f1b', 'interleaved' or 'gpipe'"] = '1f1b'
+  pipeline_chunks: A[int, "chunks of layers per stage, several with 'interleaved' only"] = 1
 
   def __post_init__(self):
     _one_of('compute.matmul_precision', self.matmul_precision, ('default', 'high', 'highest'))
+    _one_of('compute.gather', self.gather, ('layer', 'step'))
+    _one_of('compute.reduce_dtype', self.reduce_dtype, ('float32', 'bfloat16'))
+    _one_of('compute.context', self.context, ('ring', 'all_to_all'))
+    _one_of('compute.pipeline', self.pipeline, ('1f1b', 'interleaved', 'gpipe'))
     if self.microbatch_tokens < 0 or self.loss_chunk < 1:
       raise ValueError('compute.microbatch_tokens must be >= 0 and compute.loss_chunk >= 1')
+    if self.pipeline_chunks < 1 or (self.pipeline != 'interleaved' and self.pipeline_chunks > 1):
+      raise ValueError(f'compute.pipeline_chunks={self.pipeline_chunks} does not go with '
+                       f'compute.pipeline={self.pipeline!r}: 1 there, more with interleaved')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The compiled training step: micro-batches, gradients, guard, update; and the held-out loss."""
+"""The compiled training step: micro-batches, gradients, guard, update; and the held-out loss.
+
+Gradients and the held-out loss are computed by every device on its part of the batch (see
+`parallelism.storage`); on one device the part is the whole.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +15,8 @@ from models import transformer
 from models.loss import cross_entropy, token_log_probs
 
 Batch = dict[str, jax.Array]
+ENDS = ('embedding', 'final_norm')  # parameters outside the blocks
+METRIC_SUMS = ('nll', 'z_loss', 'correct', 'router')
 
 
 class State(NamedTuple):
@@ -26,70 +32,104 @@ class State(NamedTuple):
   rng: jax.Array
 
 
-def split_microbatches(batch: Batch, n_micro: int) -> Batch:
-  """Returns arrays [n_micro, B / n_micro, ...]; rows stay on the device that holds them.
+class Totals(NamedTuple):
+  """What a batch gives: the loss, sums for metrics and the gradients of all parameters."""
 
-  Micro-batch i takes rows i, i + n_micro, ...: with the batch split contiguously over devices
-  every device contributes equally to each micro-batch, and nothing moves.
-  """
+  loss: jax.Array
+  sums: dict[str, jax.Array]
+  gradients: Any
+
+
+def split_microbatches(batch: Batch, n_micro: int) -> Batch:
+  """Returns arrays [n_micro, B / n_micro, ...]; micro-batch i takes rows i, i + n_micro, ..."""
   def split(x):
     return jnp.moveaxis(x.reshape(-1, n_micro, *x.shape[1:]), 1, 0)
   return jax.tree.map(split, batch)
 
 
-def make_loss(config, graphdef) -> Callable:
+def dropout_of(config, key: jax.Array, micro: Batch) -> transformer.Dropout | None:
+  """Returns a micro-batch's randomness, None for a model without dropout."""
+  if not config.model.dropout:
+    return None
+  return transformer.dropout_of(config.model, key, micro['token_ids'])
+
+
+def token_loss(config, model, hidden_BlD: jax.Array, micro: Batch, n_tokens: jax.Array):
+  """Returns the cross-entropy's share of the loss and the sums that metrics are made of."""
+  spread = model.seams.spread
+  hidden_BLD = spread.whole(hidden_BlD)
+  result = cross_entropy(
+      hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), model.unembedding_VD(),
+      micro['targets'].reshape(-1), micro['loss_mask'].reshape(-1),
+      z_weight=config.optimizer.z_weight, softcap=config.model.final_softcap,
+      chunk=config.compute.loss_chunk, spread=spread)
+  sums = {'nll': result.loss_sum - result.z_sum, 'z_loss': result.z_sum,
+          'correct': result.correct_sum, 'router': jnp.float32(0)}
+  return result.loss_sum / n_tokens, sums
+
+
+def router_loss(config, aux) -> jax.Array:
+  """Returns the weighted router losses of a micro-batch."""
+  weights = config.model.moe
+  return weights.balance_weight * aux.balance + weights.router_z_weight * aux.router_z
+
+
+def make_loss(config, graphdef, gather: Callable = lambda params: params) -> Callable:
   """Returns f(params, micro-batch, key, n_tokens, n_micro) -> (loss share, metric sums).
 
-  The shares of all micro-batches add up to the loss of the whole batch: the cross-entropy's
-  sum over tokens divided by the batch's n_tokens, the router losses averaged.
+  The shares of all devices and micro-batches add up to the loss of the whole batch: the
+  cross-entropy's sum over tokens divided by the batch's n_tokens, the router losses averaged.
+  `gather` makes parameters outside the blocks whole; blocks are gathered where they run.
   """
   def loss_fn(params, micro, key, n_tokens, n_micro):
-    model = transformer.apply(graphdef, params)
-    hidden_BLD, aux = model(micro['tokens'], micro['segment_ids'], micro['positions'],
-                            dropout_key=key)
-    result = cross_entropy(
-        hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), model.unembedding_VD(),
-        micro['targets'].reshape(-1), micro['loss_mask'].reshape(-1),
-        z_weight=config.optimizer.z_weight, softcap=config.model.final_softcap,
-        chunk=config.compute.loss_chunk)
-    router = (config.model.moe.balance_weight * aux.balance
-              + config.model.moe.router_z_weight * aux.router_z)
-    loss = result.loss_sum / n_tokens + router / n_micro
-    sums = {'nll': result.loss_sum - result.z_sum, 'z_loss': result.z_sum, 'correct': result.correct_sum,
-            'router': router / n_micro}
-    return loss, sums
+    model = transformer.apply(graphdef, gather(params))
+    hidden_BlD, aux = model(micro['tokens'], micro['segment_ids'], micro['positions'],
+                            dropout=dropout_of(config, key, micro))
+    loss, sums = token_loss(config, model, hidden_BlD, micro, n_tokens)
+    router = router_loss(config, aux) / n_micro
+    return loss + router, {**sums, 'router': router}
   return loss_fn
 
 
-def make_train_step(config, graphdef, optimizer: optax.GradientTransformation,
-                    learning_rate: optax.Schedule, n_micro: int) -> Callable:
+def make_accumulate(loss_fn: Callable, n_micro: int) -> Callable:
+  """Returns f(params, batch, key, n_tokens) -> Totals of a batch, one micro-batch at a time."""
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def accumulate(params, batch: Batch, key, n_tokens) -> Totals:
+    def add(totals, micro):
+      (loss, sums), gradients = grad_fn(params, micro, key, n_tokens, n_micro)
+      return jax.tree.map(jnp.add, totals, Totals(loss, sums, gradients)), None
+
+    micros = split_microbatches(batch, n_micro)
+    if n_micro == 1:
+      first = jax.tree.map(lambda x: x[0], micros)
+      (loss, sums), gradients = grad_fn(params, first, key, n_tokens, n_micro)
+      return Totals(loss, sums, gradients)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    start = Totals(jnp.float32(0), dict.fromkeys(METRIC_SUMS, jnp.float32(0)), zeros)
+    return jax.lax.scan(add, start, micros)[0]
+  return accumulate
+
+
+def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransformation,
+                    learning_rate: optax.Schedule) -> Callable:
   """Returns step(state, batch) -> (state, metrics); jit it with the state donated.
 
   Metrics are float32 scalars. A non-finite loss or gradient leaves parameters, moments and
   average as they were and sets `skipped`; the step and the key move on.
+
+  Args:
+    config: the experiment.
+    total_up: (params, batch, key) -> Totals over the whole batch.
+    optimizer: the Optax transformation at learning rate 1.
+    learning_rate: step -> learning rate.
   """
-  grad_fn = jax.value_and_grad(make_loss(config, graphdef), has_aux=True)
   ema_decay = config.optimizer.ema_decay
-
-  def accumulated(params, batch, keys, n_tokens):
-    def add(carry, micro_and_key):
-      micro, key = micro_and_key
-      (loss, sums), grads = grad_fn(params, micro, key, n_tokens, n_micro)
-      return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
-
-    micros = split_microbatches(batch, n_micro)
-    if n_micro == 1:
-      first = jax.tree.map(lambda x: x[0], (micros, keys))
-      (loss, sums), grads = grad_fn(params, *first, n_tokens, n_micro)
-      return loss, sums, grads
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    sums = dict.fromkeys(('nll', 'z_loss', 'correct', 'router'), jnp.float32(0))
-    return jax.lax.scan(add, (jnp.float32(0), sums, zeros), (micros, keys))[0]
 
   def train_step(state: State, batch: Batch):
     carry, key = jax.random.split(jax.random.wrap_key_data(state.rng))
     n_tokens = jnp.maximum(batch['loss_mask'].sum(), 1.0)
-    loss, sums, grads = accumulated(state.params, batch, jax.random.split(key, n_micro), n_tokens)
+    loss, sums, grads = total_up(state.params, batch, jax.random.key_data(key), n_tokens)
     grad_norm = optax.tree.norm(grads)
     lr = learning_rate(state.step)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(lr)
@@ -111,15 +151,16 @@ def make_train_step(config, graphdef, optimizer: optax.GradientTransformation,
   return train_step
 
 
-def make_eval_step(config, graphdef) -> Callable:
+def make_eval_step(config, graphdef, gather: Callable) -> Callable:
   """Returns f(params, batch) -> nats per token, float32 [B, L], zero where loss_mask is zero."""
   def eval_step(params, batch: Batch):
-    model = transformer.apply(graphdef, params)
-    hidden_BLD, _ = model(batch['tokens'], batch['segment_ids'], batch['positions'])
+    model = transformer.apply(graphdef, gather(params))
+    hidden_BlD, _ = model(batch['tokens'], batch['segment_ids'], batch['positions'])
+    hidden_BLD = model.seams.spread.whole(hidden_BlD)
     log_probs_T = token_log_probs(
         hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), model.unembedding_VD(),
         batch['targets'].reshape(-1), softcap=config.model.final_softcap,
-        chunk=config.compute.loss_chunk)
+        chunk=config.compute.loss_chunk, spread=model.seams.spread)
     mask_BL = batch['loss_mask']
     return jnp.where(mask_BL > 0, -log_probs_T.reshape(mask_BL.shape) * mask_BL, 0.0)
   return eval_step
