@@ -113,8 +113,17 @@ class Build:
     parameters, rows = specs(self.names), sharding.partition_spec(BATCH_NAMES)
     whole = sharding.partition_spec(())
     on_device = _pipelined(self) if self.mesh.shape[STAGE] > 1 else _accumulated(self)
-    return over_devices(self.mesh, on_device, (parameters, rows, whole, whole),
-                        step_lib.Totals(whole, whole, parameters))
+    total_up = over_devices(self.mesh, on_device, (parameters, rows, whole, whole),
+                            step_lib.Totals(whole, whole, parameters))
+    if not self.config.model.dropout:
+      return total_up
+    return lambda params, batch, *more: total_up(
+        params, {**batch, 'token_ids': self._token_ids()}, *more)
+
+  def _token_ids(self) -> jax.Array:
+    """Returns a number per token of a batch, int32 [B, L], whatever the mesh."""
+    n_rows, length = self.config.data.batch_size, self.config.data.sequence_length
+    return jnp.arange(n_rows, dtype=jnp.int32)[:, None] * length + jnp.arange(length)
 
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""
