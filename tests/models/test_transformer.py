@@ -40,7 +40,11 @@ def relative(a, b):
 def scalar_loss(config, params, tokens_BL, segments_BL, positions_BL, dropout_key=None):
   """Returns a loss that touches every parameter, and (logits [B, L, V], auxiliary losses)."""
   model = transformer.apply(transformer.build(config), params)
-  hidden, aux = model(tokens_BL, segments_BL, positions_BL, dropout_key=dropout_key)
+  dropout = None
+  if dropout_key is not None:
+    token_ids_BL = jnp.arange(tokens_BL.size).reshape(tokens_BL.shape)
+    dropout = transformer.dropout_of(config, dropout_key, token_ids_BL)
+  hidden, aux = model(tokens_BL, segments_BL, positions_BL, dropout=dropout)
   sums = loss.cross_entropy(
     hidden.reshape(-1, config.d_model), model.unembedding_VD(),
     jnp.roll(tokens_BL, -1, axis=1).reshape(-1), (segments_BL != 0).reshape(-1),
@@ -204,7 +208,10 @@ def test_dropout_acts_only_with_a_key(scan_layers):
 
 
 def test_dropout_keeps_the_mean():
-  dropped = transformer.dropped(jnp.ones((200, 200)), 0.25, jax.random.key(0))
+  token_ids_BL = jnp.arange(200).reshape(2, 100)
+  dropped = transformer.dropped(
+    jnp.ones((2, 100, 200)), 0.25, jax.random.key(0), token_ids_BL
+  )
   np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.75], rtol=1e-6)
   assert abs(float(dropped.mean()) - 1) < 0.015  # standard error 0.003
 
