@@ -21,6 +21,8 @@ HBM, VMEM, HOST = 0, 1, 5
 BITS = {'pred': 8, 's2': 2, 'u2': 2, 's4': 4, 'u4': 4, 'f4e2m1fn': 4, 's8': 8, 'u8': 8, 's16': 16,
         'u16': 16, 'f16': 16, 'bf16': 16, 's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64,
         'f64': 64, 'c64': 64, 'c128': 128, 'token': 0, 'opaque': 0}
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
+               'collective-permute', 'collective-broadcast')
 _CALLED = ('calls', 'to_apply', 'body', 'condition', 'true_computation', 'false_computation',
            'branch_computations', 'called_computations')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) (\(.*\) -> .*)?\{$')
