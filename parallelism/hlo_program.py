@@ -2,9 +2,8 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from parallelism import hlo
 from parallelism.collectives import Collective, find_collectives
@@ -87,6 +86,14 @@ BranchRuns = Callable[[Branch], Sequence[float] | None]
 def costliest(branch: Branch) -> None:
   """The default of BranchRuns."""
   del branch
+
+
+def check_runs(branch: Branch, runs: Sequence[float]) -> Sequence[float]:
+  """Returns what branch_runs has given; raises ValueError if it is not one number per block."""
+  if len(runs) != len(branch.blocks):
+    raise ValueError(f'branch_runs gives {len(runs)} numbers for the {len(branch.blocks)} blocks of '
+                     f'the branch {branch.name} ({branch.source}); it takes one for each')
+  return runs
 
 
 def read_program(text: str, axis_sizes: Mapping[str, int], unknown_trips: int | None = None
@@ -217,3 +224,79 @@ def _host_transfers(instruction: Instruction, moved: collections.Counter
     yield HostTransfer(instruction.name, kind, moved.total(), instruction.source)
   elif moved[hlo.HOST]:
     yield HostTransfer(instruction.name, kind, moved[hlo.HOST], instruction.source)
+
+
+def runs_of(block: Block, kind: type | tuple[type, ...], weight: Callable[[Any], float],
+            branch_runs: BranchRuns = costliest) -> list[tuple[Any, float]]:
+  """Returns the nodes of a kind and how often each runs.
+
+  Args:
+    block: a program or a part of it.
+    kind: class of nodes.
+    weight: cost of a node; of a branch the block with the largest sum is taken.
+    branch_runs: how often the blocks of a branch run.
+  """
+  found = []
+  for node in block.nodes:
+    match node:
+      case Loop():
+        found += [(inner, node.trips * times)
+                  for inner, times in runs_of(node.body, kind, weight, branch_runs)]
+      case Block():
+        found += runs_of(node, kind, weight, branch_runs)
+      case Branch():
+        found += _branch_runs_of(node, kind, weight, branch_runs)
+      case _ if isinstance(node, kind):
+        found.append((node, 1.0))
+  return found
+
+
+def _branch_runs_of(branch: Branch, kind: type | tuple[type, ...], weight: Callable[[Any], float],
+                    branch_runs: BranchRuns) -> list[tuple[Any, float]]:
+  """Returns the nodes of a branch and how often each runs when the branch is reached."""
+  blocks = [runs_of(block, kind, weight, branch_runs) for block in branch.blocks]
+  runs = branch_runs(branch)
+  if runs is None:
+    return max(blocks, key=lambda found: sum(weight(node) * times for node, times in found))
+  return [(node, times * share) for found, share in zip(blocks, check_runs(branch, runs),
+                                                        strict=True) for node, times in found]
+
+
+def collectives(block: Block, branch_runs: BranchRuns = costliest
+                ) -> list[tuple[Collective, float]]:
+  """Returns the collectives of a program and how often each runs, trips of loops multiplied."""
+  starts = runs_of(block, Start, _sent, branch_runs)
+  return [(start.transfer, times) for start, times in starts
+          if isinstance(start.transfer, Collective)]
+
+
+def _sent(start: Start) -> float:
+  """Returns the bytes of a start on the wire."""
+  return start.transfer.sent if isinstance(start.transfer, Collective) else 0.0
+
+
+def sent_bytes(block: Block, branch_runs: BranchRuns = costliest
+               ) -> dict[tuple[str, tuple[str, ...]], float]:
+  """Returns the bytes that a device sends, by kind of collective and mesh axes."""
+  sent = collections.Counter()
+  for collective, times in collectives(block, branch_runs):
+    sent[collective.kind, collective.axes] += collective.sent * times
+  return dict(sent)
+
+
+def total_flops(block: Block, branch_runs: BranchRuns = costliest) -> float:
+  """Returns the FLOPs of a device; see `hlo_costs.flops` for what is counted."""
+  works = runs_of(block, Work, lambda work: work.flops, branch_runs)
+  return sum(work.flops * times for work, times in works)
+
+
+def total_hbm_bytes(block: Block, branch_runs: BranchRuns = costliest) -> float:
+  """Returns the bytes that a device moves from and to HBM."""
+  nodes = runs_of(block, (Work, Start), lambda node: node.hbm_bytes, branch_runs)
+  return sum(node.hbm_bytes * times for node, times in nodes)
+
+
+def host_transfers(block: Block, branch_runs: BranchRuns = costliest
+                   ) -> list[tuple[HostTransfer, float]]:
+  """Returns the transfers between device and host and how often each runs."""
+  return runs_of(block, HostTransfer, lambda transfer: transfer.n_bytes, branch_runs)
