@@ -50,22 +50,54 @@ def wire_bytes(kind: str, n_bytes: float, n: int) -> float:
 def replica_groups(text: str, n_devices: int) -> list[list[int]]:
   """Returns the groups of a `replica_groups` attribute.
 
-  Forms are `{{0,1},{2,3}}`, `{}` (all devices) and `[2,2]<=[2,2]T(1,0)`: the numbers in the order
-  of an array of the right shape, transposed, in rows of the left shape.
+  Forms are `{{0,1},{2,3}}`, `{}` (all devices), `[2,2]<=[2,2]T(1,0)` (the numbers in the order of
+  an array of the right shape, transposed, in rows of the left shape) and
+  `mesh['a'=2,'b'=4] {'b'}` (groups along axes of the compiler's own mesh).
 
   Raises:
     ValueError: it is none of them.
   """
   iota = re.fullmatch(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
   if iota:
-    rows, dims, order = ([int(n) for n in part.split(',')] if part else None
-                         for part in iota.groups())
-    return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(rows).tolist()
+    rows, dims, order = (_numbers(part) for part in iota.groups())
+    return np.arange(math.prod(dims)).reshape(dims).transpose(order or None).reshape(rows).tolist()
+  mesh = re.fullmatch(r'mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{(.*)\}', text)
+  if mesh:
+    return _mesh_groups(*mesh.groups())
   if not re.fullmatch(r'\{[\d,{} ]*\}', text):
-    raise ValueError(f'replica_groups={text} is neither a list of groups nor an iota')
-  groups = [[int(n) for n in group.split(',')] for group in re.findall(r'[\d,]*\d', text.replace(
-      ' ', '').replace('},{', '};{').replace(';', ' '))]
+    raise ValueError(f'replica_groups={text} is neither a list of groups nor an iota nor a mesh')
+  groups = [_numbers(group) for group in re.findall(r'\{([\d, ]+)\}', text)]
   return groups or [list(range(n_devices))]
+
+
+def _numbers(text: str | None) -> list[int]:
+  """Returns the numbers in a text."""
+  return [int(n) for n in re.findall(r'\d+', text or '')]
+
+
+def _mesh_groups(axes: str, devices: str | None, grouped: str) -> list[list[int]]:
+  """Returns the groups along axes of a mesh.
+
+  Args:
+    axes: names and sizes, `'a'=2,'b'=4`.
+    devices: their numbers in the mesh's order, `0,2,1,3` or `[4,16]T(1,0)`; None for 0, 1, 2, ...
+    grouped: `'a','b':(2)2` for all of a and the second of the parts 2, 2, ... of b.
+  """
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
+  numbers = np.arange(math.prod(sizes.values()))
+  if devices and devices.startswith('['):
+    dims, _, order = devices.partition(']')
+    numbers = numbers.reshape(_numbers(dims)).transpose(_numbers(order)).ravel()
+  elif devices:
+    numbers = np.array(_numbers(devices))
+  rest = np.stack(np.unravel_index(np.arange(len(numbers)), tuple(sizes.values())), axis=1)
+  for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", grouped):
+    i = list(sizes).index(name)
+    size = int(size or sizes[name])
+    after = sizes[name] // (int(before or 1) * size)
+    rest[:, i] -= rest[:, i] // after % size * after
+  _, group = np.unique(rest, axis=0, return_inverse=True)
+  return [numbers[group.ravel() == i].tolist() for i in range(group.max() + 1)]
 
 
 def spanned_axes(groups: Sequence[Sequence[int]], axis_sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -115,8 +147,15 @@ def _collective(kind: str, computation: Computation, instruction: Instruction, n
     sources = [source for source, target in groups if source != target]
     n_bytes *= max(map(sources.count, sources), default=0)
   else:
-    text = instruction.attribute('replica_groups') or '{}'
+    text = _groups_text(instruction)
     groups = replica_groups(text, math.prod(axis_sizes.values()))
   size = max(map(len, groups))
   return Collective(name, kind, wire_bytes(kind, n_bytes, size), size,
                     spanned_axes(groups, axis_sizes), instruction.source)
+
+
+def _groups_text(instruction: Instruction) -> str:
+  """Returns the replica_groups attribute, which may have spaces and commas inside."""
+  mesh = re.search(r'replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(.*?\))? \{[^}]*\})',
+                   instruction.attributes)
+  return mesh[1] if mesh else instruction.attribute('replica_groups') or '{}'

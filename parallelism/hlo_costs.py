@@ -15,11 +15,11 @@ from parallelism.hlo import COLLECTIVES, Computation, Instruction, Module
 
 # They name, group or view arrays and move nothing; loops and branches pay inside.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional',
-         'call', 'after-all', 'add-dependency', 'opt-barrier', 'partition-id', 'replica-id',
+         'after-all', 'add-dependency', 'opt-barrier', 'partition-id', 'replica-id',
          'get-dimension-size', 'domain'}
 _FREE_TARGETS = {'AllocateBuffer', 'ConcatBitcast', 'AsyncCollectiveStart', 'AsyncCollectiveDone'}
 # They pass an array on element by element, inside a fusion.
-_VIEWS = {'bitcast', 'copy', 'convert'}
+_VIEWS = {'bitcast', 'copy', 'convert', 'reshape', 'transpose'}
 # Their results name what they read as well as what they write.
 _START_SHAPES = {'copy-start', 'collective-permute-start', 'all-gather-start'}
 
@@ -106,8 +106,10 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
   if (opcode in _FREE or opcode.endswith(('-done', '-update'))
       or instruction.target in _FREE_TARGETS):
     return Traffic()
-  if opcode == 'async-start':
-    return sum((traffic(module, *inner) for inner in module.inside(instruction)), Traffic())
+  called = instruction.called('calls', 'called_computations', 'to_apply')
+  if called and opcode in ('call', 'custom-call', 'async-start'):
+    return sum((traffic(module, module.computations[name], inner) for name in called
+                for inner in module.computations[name].instructions), Traffic())
   if opcode in ('slice-start', 'dynamic-slice-start'):  # the source, the slice, a semaphore
     source, *_, piece, _ = instruction.shapes
     return Traffic({source.space: piece.bytes}) + Traffic({piece.space: piece.bytes})

@@ -109,13 +109,19 @@ def test_axes_are_those_of_the_groups():
     ('{{0,1},{2,3}}', [[0, 1], [2, 3]]), ('{{0,2,4}, {1,3,5}}', [[0, 2, 4], [1, 3, 5]]),
     ('{}', [[0, 1, 2, 3]]), ('{{3}}', [[3]]), ('[2,2]<=[4]', [[0, 1], [2, 3]]),
     ('[2,2]<=[2,2]T(1,0)', [[0, 2], [1, 3]]),
-    ('[4,2]<=[2,2,2]T(0,2,1)', [[0, 2], [1, 3], [4, 6], [5, 7]])])
-def test_replica_groups_have_three_forms(text, expected):
+    ('[4,2]<=[2,2,2]T(0,2,1)', [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", [[0, 2], [1, 3]]),
+    ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    ("mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}", [[0, 2], [1, 3]]),
+    ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+    ("mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("mesh['a'=8] {'a':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]])])
+def test_replica_groups_have_four_forms(text, expected):
   assert replica_groups(text, 4) == expected
 
 
 def test_other_replica_groups_are_refused():
-  with pytest.raises(ValueError, match='neither a list of groups nor an iota'):
+  with pytest.raises(ValueError, match='neither a list of groups nor an iota nor a'):
     replica_groups('[2,2]<=mesh', 4)
 
 
@@ -171,6 +177,13 @@ def test_a_start_and_its_done_are_one_collective():
   assert sent_bytes(program) == {('all-gather', ('data',)): 16 * 128 * 4}
   kinds = [type(node).__name__ for node in program.nodes]
   assert kinds == ['Start', 'Work', 'Done', 'Work']
+
+
+def test_groups_of_the_compilers_own_mesh():
+  text = snippet("""  %s = f32[4,128]{1,0} reduce-scatter(%a), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, use_global_device_ids=true, dimensions={0}
+  ROOT %r = f32[4,128]{1,0} copy(%s)""")
+  assert sent_bytes(read_program(text, {'data': 2, 'fsdp': 2, 'tensor': 2})) == {
+      ('reduce-scatter', ('fsdp', 'tensor')): 3 / 4 * 16 * 128 * 4}
 
 
 def test_a_permute_counts_what_its_busiest_device_sends():
