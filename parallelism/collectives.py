@@ -3,6 +3,7 @@
 Devices are numbered as the program numbers them: by their place in `mesh.devices.flat`.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -19,8 +20,9 @@ class Collective:
   """One logical collective, however many instructions carry it.
 
   kind is one of hlo.COLLECTIVES; sent are the bytes that a device sends on the wire each time it
-  runs (of a permute: the busiest device); axes are the mesh axes along which devices exchange
-  data, empty for a group of one; source is the path of the JAX operation.
+  runs (of a permute: the busiest device); group_size are the devices of a group, of a permute two;
+  axes are the mesh axes along which devices exchange data, none for a group of one; source is the
+  path of the JAX operation.
   """
 
   name: str
@@ -112,12 +114,12 @@ def find_collectives(module: Module, computation: Computation, instruction: Inst
                      axis_sizes: Mapping[str, int]) -> list[tuple[Collective, str | None]]:
   """Returns the collectives that an instruction is or holds inside, and their chains.
 
-  Pieces of one asynchronous collective that the compiler spreads over several fusions have the
+  They have the name of the instruction, also if they are inside. Pieces of one asynchronous collective that the compiler spreads over several fusions have the
   same chain, a string; other collectives have None.
   """
   kind = instruction.opcode.removesuffix('-start')
   if kind in COLLECTIVES:
-    return [(_collective(kind, computation, instruction, instruction.name, axis_sizes), None)]
+    return [(_collective(kind, computation, instruction, axis_sizes), None)]
   if instruction.opcode not in ('fusion', 'async-start', 'custom-call'):
     return []
   found = []
@@ -128,15 +130,15 @@ def find_collectives(module: Module, computation: Computation, instruction: Inst
     if inside.name.startswith('all-reduce-scatter'):  # only a slice of the sum leaves the fusion
       kind = 'reduce-scatter'
     chain = re.search(r'chain_id="?(\w+)', inner.attributes)
-    name = inner.name if chain else instruction.name
-    found.append((_collective(kind, inside, inner, name, axis_sizes),
+    collective = _collective(kind, inside, inner, axis_sizes)
+    found.append((dataclasses.replace(collective, name=instruction.name),
                   chain[1] if chain else None))
   return found
 
 
-def _collective(kind: str, computation: Computation, instruction: Instruction, name: str,
+def _collective(kind: str, computation: Computation, instruction: Instruction,
                 axis_sizes: Mapping[str, int]) -> Collective:
-  """Returns the record of a collective instruction, under a name of its own."""
+  """Returns the record of a collective instruction."""
   operands = computation.operands(instruction)
   if kind == 'ragged-all-to-all':
     operands = operands[:1]  # the others are the result's initial value, offsets and sizes
@@ -144,13 +146,13 @@ def _collective(kind: str, computation: Computation, instruction: Instruction, n
   if kind == 'collective-permute':
     pairs = instruction.attribute('source_target_pairs') or '{}'
     groups = [[int(n) for n in pair] for pair in re.findall(r'\{(\d+),\s*(\d+)\}', pairs)]
-    sources = [source for source, target in groups if source != target]
-    n_bytes *= max(map(sources.count, sources), default=0)
+    sources = collections.Counter(source for source, target in groups if source != target)
+    n_bytes *= max(sources.values(), default=0)
   else:
     text = _groups_text(instruction)
     groups = replica_groups(text, math.prod(axis_sizes.values()))
   size = max(map(len, groups))
-  return Collective(name, kind, wire_bytes(kind, n_bytes, size), size,
+  return Collective(instruction.name, kind, wire_bytes(kind, n_bytes, size), size,
                     spanned_axes(groups, axis_sizes), instruction.source)
 
 

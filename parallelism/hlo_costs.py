@@ -144,7 +144,7 @@ def _read(module: Module, computation: Computation, instruction: Instruction, i:
   if i == 0 and instruction.opcode in ('slice', 'dynamic-slice', 'gather'):
     return instruction.shapes[0].bytes
   if i == 0 and instruction.opcode in ('dynamic-update-slice', 'scatter'):
-    return 0 if instruction.opcode != 'scatter' else _updated(computation, instruction)
+    return _updated(computation, instruction) if instruction.opcode == 'scatter' else 0
   return whole
 
 
@@ -178,8 +178,10 @@ def _written(module: Module, computation: Computation, instruction: Instruction
   (name,) = instruction.called('calls')
   fused = module.computations[name]
   results = fused.operands(fused.root) if fused.root.opcode == 'tuple' else (fused.root,)
-  if len(results) != len(instruction.shapes):  # an asynchronous collective's handle
+  if fused.root.target in _FREE_TARGETS:  # what it returns is the handle of a collective
     return []
+  if len(results) != len(instruction.shapes):  # one operation with several results, as a sort
+    return [(shape.space, shape.bytes) for shape in instruction.shapes]
   written = (_written_inside(module, fused, result) for result in results)
   return [(shape.space, n) for shape, n in zip(instruction.shapes, written, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A compiled program as a tree of what runs, in scheduled order: work, transfers, loops, branches."""
+"""A compiled program as a tree of what runs, in order: work, transfers, loops and branches."""
 
 import collections
 import dataclasses
@@ -22,14 +22,13 @@ class Work(NamedTuple):
 
 
 class Copy(NamedTuple):
-  """An asynchronous copy between memories: bytes from and to HBM."""
+  """An asynchronous copy between memories of the device."""
 
   name: str
-  hbm_bytes: float
 
 
 class Start(NamedTuple):
-  """Where a transfer begins; hbm_bytes are those of the collective's operands and results."""
+  """Where a transfer begins, and what it moves from and to HBM."""
 
   transfer: Collective | Copy
   hbm_bytes: float
@@ -91,8 +90,8 @@ def costliest(branch: Branch) -> None:
 def check_runs(branch: Branch, runs: Sequence[float]) -> Sequence[float]:
   """Returns what branch_runs has given; raises ValueError if it is not one number per block."""
   if len(runs) != len(branch.blocks):
-    raise ValueError(f'branch_runs gives {len(runs)} numbers for the {len(branch.blocks)} blocks of '
-                     f'the branch {branch.name} ({branch.source}); it takes one for each')
+    raise ValueError(f'branch_runs gives {len(runs)} numbers for the {len(branch.blocks)} blocks '
+                     f'of the branch {branch.name} ({branch.source}); it takes one for each')
   return runs
 
 
@@ -184,9 +183,9 @@ class _Reader:
       return
     found = find_collectives(self.module, computation, begins, self.axis_sizes)
     for collective, _ in found:
-      yield Start(dataclasses.replace(collective, name=begins.name), moved[hlo.HBM])
+      yield Start(collective, moved[hlo.HBM])
     if not found:
-      yield Start(Copy(begins.name, moved[hlo.HBM]), moved[hlo.HBM])
+      yield Start(Copy(begins.name), moved[hlo.HBM])
 
   def _synchronous(self, computation: Computation, instruction: Instruction,
                    started: dict[str, str], moved: collections.Counter) -> Iterator[Node]:
@@ -197,10 +196,7 @@ class _Reader:
     """
     found = find_collectives(self.module, computation, instruction, self.axis_sizes)
     own = [collective for collective, chain in found if chain not in started]
-    ends = any(inner.target == 'AsyncCollectiveDone' for _, inner in self.module.inside(
-        instruction)) if found else False
-    begins = any(inner.target == 'AsyncCollectiveStart' for _, inner in self.module.inside(
-        instruction)) if found else False
+    targets = {inner.target for _, inner in self.module.inside(instruction)} if found else set()
     for collective in own:
       yield Start(collective, moved[hlo.HBM])
     work = Work(instruction.name, instruction.source,
@@ -208,11 +204,12 @@ class _Reader:
     if work.flops or work.hbm_bytes:
       yield work
     for collective, chain in found:
-      if chain in started and ends:
-        yield Done(started.pop(chain))
-      elif collective in own and begins and chain:
+      if chain in started:
+        if 'AsyncCollectiveDone' in targets:
+          yield Done(started.pop(chain))
+      elif chain and 'AsyncCollectiveStart' in targets:
         started[chain] = collective.name
-      elif collective in own:
+      else:
         yield Done(collective.name)
 
 

@@ -8,7 +8,6 @@ is left out (about a microsecond per hop).
 
 import collections
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -56,7 +55,7 @@ class Network:
     coordinates = np.array([device.coords for device in devices.flat])
     self.sizes = tuple(int(n) + 1 for n in np.ptp(coordinates, axis=0))
     self._coordinates = (coordinates - coordinates.min(axis=0)).reshape(*devices.shape, -1)
-    self._measured = dict(measured or {})
+    self._routes = dict(measured or {})
 
   def seconds(self, collective: Collective) -> float:
     """Returns how long a collective takes when nothing else is on its links."""
@@ -67,16 +66,15 @@ class Network:
             'ragged-all-to-all': route.exchange}.get(collective.kind, route.ring)
     return collective.sent / rate
 
-  @functools.lru_cache(maxsize=None)
   def route(self, axes: tuple[str, ...]) -> Route:
     """Returns the route between the devices of groups that span some mesh axes."""
-    if axes in self._measured:
-      return self._measured[axes]
-    where = [self.axis_names.index(name) for name in axes]
-    inner = range(-len(where) - 1, -1)
-    places = np.moveaxis(self._coordinates, where, inner)
-    groups = places.reshape(-1, math.prod(places.shape[inner[0]:-1]), places.shape[-1])
-    return _route(self.chip, self.sizes, groups)
+    if axes not in self._routes:
+      where = [self.axis_names.index(name) for name in axes]
+      inner = range(-len(where) - 1, -1)
+      places = np.moveaxis(self._coordinates, where, inner)
+      groups = places.reshape(-1, math.prod(places.shape[inner[0]:-1]), places.shape[-1])
+      self._routes[axes] = _route(self.chip, self.sizes, groups)
+    return self._routes[axes]
 
 
 def _route(chip: Chip, sizes: tuple[int, ...], groups: np.ndarray) -> Route:

@@ -45,11 +45,11 @@ def estimate(program: Block, chip: Chip, network: Network,
              branch_runs: BranchRuns = costliest) -> Estimate:
   """Returns the roofline estimate of a program on one device.
 
-  An operation takes the longer of its FLOPs at the chip's bf16 peak and its bytes at the HBM's
-  bandwidth. Collectives and copies between memories run beside what stands between their start
-  and their end in the schedule: on each mesh axis one collective after the other, copies in what
-  operations leave of the memory's bandwidth. Loops repeat their second trip. Of branches the
-  slowest is taken, or as branch_runs says.
+  An operation takes the longer of its FLOPs at the chip's bf16 peak (whatever their type) and its
+  bytes at the HBM's bandwidth. Collectives and copies between memories run beside what stands
+  between their start and their end in the schedule: on each mesh axis one collective after the
+  other, copies in what operations leave of the memory's bandwidth. Loops repeat their second trip.
+  Of branches the slowest is taken, or as branch_runs says.
 
   Args:
     program: of `hlo_program.read_program`.
@@ -177,7 +177,7 @@ class _Timeline:
     transfer = start.transfer
     tally.hbm_bytes += start.hbm_bytes
     if isinstance(transfer, Copy):
-      seconds = transfer.hbm_bytes * self.chip.devices / self.chip.hbm_bytes_per_second
+      seconds = start.hbm_bytes * self.chip.devices / self.chip.hbm_bytes_per_second
       self._begin(transfer.name, frozenset([MEMORY]), MEMORY, seconds)
     else:
       seconds = self.network.seconds(transfer)

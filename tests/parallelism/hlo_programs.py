@@ -1,4 +1,4 @@
-"""Small manual programs for compile-only TPUs, of which bytes and FLOPs are known in closed form."""
+"""Small manual programs for compile-only TPUs; their bytes and FLOPs have closed forms."""
 
 import functools
 

@@ -162,33 +162,68 @@ FUSED_SCATTER = """%add (x: f32[], y: f32[]) -> f32[] {
 
 
 def test_a_sum_of_which_a_slice_leaves_the_fusion_is_a_reduce_scatter():
-  text = snippet('  ROOT %f = f32[4,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3',
+  text = snippet('  ROOT %f = f32[4,128]{1,0} fusion(%a), calls=%all-reduce-scatter.3',
                  FUSED_SCATTER)
   program = read_program(text, {'data': 2, 'fsdp': 4})
   assert sent_bytes(program) == {('reduce-scatter', ('fsdp',)): 3 / 4 * 16 * 128 * 4}
 
 
 def test_a_start_and_its_done_are_one_collective():
-  text = snippet("""  %s = (f32[16,128]{1,0}, f32[64,128]{1,0}) all-gather-start(%a), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
-  %n = f32[16,128]{1,0} negate(%a)
-  %d = f32[64,128]{1,0} all-gather-done(%s)
-  ROOT %r = f32[4,128]{1,0} slice(%d), slice={[0:4], [0:128]}""")
+  groups = 'replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}'
+  text = snippet(f"""  %s = (f32[16,128]{{1,0}}, f32[64,128]{{1,0}}) all-gather-start(%a), {groups}
+  %n = f32[16,128]{{1,0}} negate(%a)
+  %d = f32[64,128]{{1,0}} all-gather-done(%s)
+  ROOT %r = f32[4,128]{{1,0}} slice(%d), slice={{[0:4], [0:128]}}""")
   program = read_program(text, {'data': 2, 'fsdp': 4})
   assert sent_bytes(program) == {('all-gather', ('data',)): 16 * 128 * 4}
-  kinds = [type(node).__name__ for node in program.nodes]
-  assert kinds == ['Start', 'Work', 'Done', 'Work']
+  assert order(program) == ['Start s', 'Work n', 'Done s', 'Work r']
+
+
+def order(program) -> list[str]:
+  """Returns kinds and names of a program's nodes."""
+  return [f'{type(node).__name__} {(node.transfer if isinstance(node, Start) else node).name}'
+          for node in program.nodes]
+
+
+def piece(name: str, chain: str, target: str) -> str:
+  """Returns a fused computation with a piece of a collective that is spread over several."""
+  handle = ('(f32[16,128]{1,0}, f32[128,128]{1,0}, u32[]{:S(2)})' if target == 'Start'
+            else 'f32[128,128]{1,0}')
+  end = f'ROOT %c = {handle} custom-call(%g), custom_call_target="AsyncCollective{target}"'
+  return (f'%{name} (p: f32[16,128]) -> f32[16,128] {{\n'
+          '  %p = f32[16,128]{1,0} parameter(0)\n'
+          '  %g = f32[128,128]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}, '
+          f'frontend_attributes={{chain_id="{chain}"}}\n'
+          + (f'  {end}\n' if target else '  ROOT %n = f32[16,128]{1,0} negate(%p)\n') + '}\n')
+
+
+def test_pieces_of_a_chain_are_one_collective():
+  pieces = (piece('s0', '0', 'Start') + piece('s1', '1', 'Start') + piece('m0', '0', '')
+            + piece('d0', '0', 'Done') + piece('d1', '1', 'Done') + piece('lone', '2', ''))
+  calls = [('s0', '(f32[16,128]{1,0}, f32[128,128]{1,0}, u32[]{:S(2)})'),
+           ('s1', '(f32[16,128]{1,0}, f32[128,128]{1,0}, u32[]{:S(2)})'),
+           ('m0', 'f32[16,128]{1,0}'), ('d0', 'f32[128,128]{1,0}'), ('d1', 'f32[128,128]{1,0}'),
+           ('lone', 'f32[16,128]{1,0}')]
+  body = ''.join(f'  %f.{name} = {shape} fusion(%a), calls=%{name}\n' for name, shape in calls)
+  program = read_program(snippet(body + '  ROOT %r = f32[16,128]{1,0} bitcast(%f.m0)', pieces),
+                         {'fsdp': 8})
+  assert sent_bytes(program) == {('all-gather', ('fsdp',)): 3 * 7 * 16 * 128 * 4}
+  assert order(program) == ['Start f.s0', 'Start f.s1', 'Work f.m0', 'Done f.s0', 'Done f.s1',
+                            'Start f.lone', 'Done f.lone']
 
 
 def test_groups_of_the_compilers_own_mesh():
-  text = snippet("""  %s = f32[4,128]{1,0} reduce-scatter(%a), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, use_global_device_ids=true, dimensions={0}
-  ROOT %r = f32[4,128]{1,0} copy(%s)""")
+  groups = "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}"
+  text = snippet(f"""  %s = f32[4,128]{{1,0}} reduce-scatter(%a), {groups}, dimensions={{0}}
+  ROOT %r = f32[4,128]{{1,0}} copy(%s)""")
   assert sent_bytes(read_program(text, {'data': 2, 'fsdp': 2, 'tensor': 2})) == {
       ('reduce-scatter', ('fsdp', 'tensor')): 3 / 4 * 16 * 128 * 4}
 
 
 def test_a_permute_counts_what_its_busiest_device_sends():
-  text = snippet("""  %p = f32[16,128]{1,0} collective-permute(%a), source_target_pairs={{0,0},{1,2},{3,1}}
-  ROOT %r = f32[4,128]{1,0} slice(%p), slice={[0:4], [0:128]}""")
+  pairs = 'source_target_pairs={{0,0},{1,2},{3,1}}'
+  text = snippet(f"""  %p = f32[16,128]{{1,0}} collective-permute(%a), {pairs}
+  ROOT %r = f32[4,128]{{1,0}} slice(%p), slice={{[0:4], [0:128]}}""")
   assert sent_bytes(read_program(text, {'fsdp': 8})) == {
       ('collective-permute', ('fsdp',)): 16 * 128 * 4}
 
@@ -253,6 +288,7 @@ def test_a_step_over_two_axes(topology):
   share = 3 / 4 * PARAMETERS
   np.testing.assert_allclose(sent['all-gather', ('fsdp',)], 2 * 2 * share, rtol=0.01)
   np.testing.assert_allclose(sent['all-reduce', ('data',)], 4 * PARAMETERS / 4, rtol=0.01)
-  scatters = sum(sent.get((kind, ('fsdp',)), 0) for kind in ('reduce-scatter', 'collective-permute'))
+  scatters = sum(sent.get((kind, ('fsdp',)), 0)
+                 for kind in ('reduce-scatter', 'collective-permute'))
   # The compiler pads shards to whole tiles and passes on what it has padded.
   assert 4 * share <= scatters < 1.3 * 4 * share
