@@ -1,1 +1,1 @@
-"""Placement: the mesh, the sharding table, multi-host start-up and hardware facts."""
+"""Placement: the mesh, the sharding table, start-up, hardware facts; compiled programs read."""
