@@ -33,7 +33,7 @@ def test_data_takes_what_is_left():
     (dict(fsdp=16), 8, 1, 'mesh.fsdp=16 does not divide the 8 devices at hand; the nearest that '
      'fits is mesh.fsdp=8'),
     (dict(data=4, tensor=4), 8, 1, 'mesh mesh.data=4 x mesh.tensor=4 needs 16 devices, 8 are at '
-     'hand; the nearest that fits is mesh.data=2 x mesh.tensor=4'),
+     'hand; the nearest that fits is mesh.data=4 x mesh.tensor=2'),
     (dict(data=3, context=5), 1, 1, 'mesh mesh.data=3 x mesh.context=5 needs 15 devices, 1 are at '
      'hand; the nearest that fits is mesh.data=1'),
     (dict(fsdp=8), 8, 2, 'mesh.data=1 x mesh.stage=1 is not a multiple of the 2 slices, between '
