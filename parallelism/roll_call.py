@@ -221,28 +221,30 @@ def call(place: Place, seconds: float) -> Roll:
 
 def _gather(place: Place, port: int, seconds: float) -> Roll:
   """Process 0: waits for the others and tells them what came of it."""
-  lines, hosts = {}, {0: socket.gethostname()}
+  lines, hosts, callers = {}, {0: socket.gethostname()}, []
   deadline = time.monotonic() + seconds
   error = ''
   with _listen(port) as listener:
-    while len(hosts) < place.n_processes and not error:
+    while not error and not _all_here(place, hosts, lines):
       try:
         listener.settimeout(max(0.01, deadline - time.monotonic()))
         line = Line(listener.accept()[0])
         hello = line.receive(_HELLO)
       except TimeoutError:
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline and not _all_here(place, hosts, lines):
           error = _missing(place, hosts, seconds)
         continue
       except (OSError, ValueError):
         continue  # A stranger, or a process that will call again.
       if hello and hello.keys() == {'process', 'n_processes', 'host'}:
-        error = _contradiction(place, hosts, lines, hello)
+        callers.append(line)
+        _drop_closed(hosts, lines)
+        error = _contradiction(place, hosts, hello)
         hosts[hello['process']], lines[hello['process']] = hello['host'], line
   if error:
-    for line in lines.values():
+    for line in callers:
       line.send(error=error)
-    _linger(list(lines.values()))
+    _linger(callers)
     raise ValueError(error)
   names = [hosts[process] for process in range(place.n_processes)]
   for line in lines.values():
@@ -270,27 +272,40 @@ def _missing(place: Place, hosts: dict[int, str], seconds: float) -> str:
           'again')
 
 
-def _contradiction(place: Place, hosts: dict[int, str], lines: dict[int, Line],
-                   hello: dict[str, Any]) -> str:
+def _contradiction(place: Place, hosts: dict[int, str], hello: dict[str, Any]) -> str:
   """Returns what is wrong with a caller, '' if nothing."""
   process, n_processes = hello['process'], hello['n_processes']
   if n_processes != place.n_processes:
     return (f'process {process} ({hello["host"]}) was started for {n_processes} processes, process '
             f'0 ({hosts[0]}) for {place.n_processes}; give all the same number')
-  if process in hosts and not (process in lines and _closed(lines[process])):
+  if process in hosts:
     return (f'two processes call themselves {process}, on {hosts[process]} and {hello["host"]}; '
             'give each its own number')
   return ''
 
 
+def _all_here(place: Place, hosts: dict[int, str], lines: dict[int, Line]) -> bool:
+  _drop_closed(hosts, lines)
+  return len(hosts) == place.n_processes
+
+
+def _drop_closed(hosts: dict[int, str], lines: dict[int, Line]) -> None:
+  """Forgets processes that have ended while they waited; they may be started again."""
+  for process in [process for process, line in lines.items() if _closed(line)]:
+    del hosts[process], lines[process]
+
+
 def _closed(line: Line) -> bool:
   """Returns whether the other end has closed the line."""
+  line.socket.settimeout(0)
   try:
-    return not line.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    return not line.socket.recv(1, socket.MSG_PEEK)
   except BlockingIOError:
     return False
   except OSError:
     return True
+  finally:
+    line.socket.settimeout(None)
 
 
 def _report(place: Place, address: tuple[str, int], seconds: float) -> Roll:
