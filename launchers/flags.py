@@ -12,6 +12,7 @@ from typing import Any
 from absl import app, flags, logging
 
 import experiments
+from parallelism import distributed
 from parallelism.topologies import quiet_plugins
 from research import overrides as overrides_lib
 from research.config import ExperimentConfig, settings
@@ -140,8 +141,13 @@ def run(main: Callable[[], Any]) -> None:
                         '--config.<name>=<value>')
       main()
     except UserError as error:
+      distributed.fail(str(error), 2)
       fail(error)
     except KeyboardInterrupt:
+      distributed.fail('interrupted', 130)
       print('\ninterrupted; repeat the command to resume', file=sys.stderr)
       sys.exit(130)
+    except Exception as error:
+      distributed.fail(f'{type(error).__name__}: {error}'.splitlines()[0], 1)
+      raise
   app.run(guarded, flags_parser=_parse)

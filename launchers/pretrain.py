@@ -6,7 +6,8 @@
 
 Repeating a command resumes an interrupted run; a finished one prints where its report is.
 On several hosts start the same command on each: --coordinator=auto on Cloud TPU and SLURM, else
---coordinator=host:port --n_processes=N --process_id=I.
+--coordinator=host:port --n_processes=N --process_id=I. When one process fails, all end (code 75
+where another one is the cause); the same command on all resumes.
 """
 
 import pathlib
@@ -31,11 +32,12 @@ PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'rank of this process, with h
 def main() -> None:
   config = shared.config_from_flags(EXPERIMENT.value)
   try:
-    distributed.start(COORDINATOR.value, N_PROCESSES.value, PROCESS_ID.value)
+    distributed.start(config.hosts, COORDINATOR.value, N_PROCESSES.value, PROCESS_ID.value)
   except ValueError as error:
     raise UserError(str(error)) from error
   path = RUN_DIR.value or pathlib.Path('runs') / EXPERIMENT.value
   train(config, RunDir(path, jax.process_index()))
+  distributed.finish()
 
 
 if __name__ == '__main__':

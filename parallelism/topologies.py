@@ -46,10 +46,11 @@ def quiet_plugins() -> None:
       os.environ.setdefault(name, value)
 
 
-def compile_only_devices(name: str) -> list[jax.Device]:
+def compile_only_devices(name: str, n_slices: int = 1) -> list[jax.Device]:
   """Returns the devices of a topology such as 'v5e:2x4', to build a mesh and compile for.
 
-  A v4 or v5p chip is one device, as on the real machines.
+  A v4 or v5p chip is one device, as on the real machines. With several slices there are as many
+  copies of the topology, joined by the data-center network.
 
   Raises:
     ValueError: libtpu is absent or does not know the name.
@@ -60,6 +61,8 @@ def compile_only_devices(name: str) -> list[jax.Device]:
   quiet_plugins()
   # A v4 chip is one device of two cores only if asked for ("megacore").
   options = {'chip_config_name': 'megacore'} if name.startswith('v4:') else {}
+  if n_slices > 1:
+    options['num_slices'] = n_slices
   try:
     return topologies.get_topology_desc(name, 'tpu', **options).devices
   except jax.errors.JaxRuntimeError as error:
@@ -67,9 +70,9 @@ def compile_only_devices(name: str) -> list[jax.Device]:
                      f'({str(error).splitlines()[0]})') from error
 
 
-def compile_only_mesh(name: str, config: MeshConfig) -> jax.sharding.Mesh:
+def compile_only_mesh(name: str, config: MeshConfig, n_slices: int = 1) -> jax.sharding.Mesh:
   """Returns the mesh over the devices of a topology; see `compile_only_devices`, `make_mesh`."""
-  return make_mesh(config, compile_only_devices(name))
+  return make_mesh(config, compile_only_devices(name, n_slices))
 
 
 def compile_only_gpu() -> jax.Device:

@@ -7,6 +7,7 @@ from typing import Annotated as A
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from models.config import ModelConfig
+from parallelism.distributed import HostsConfig
 from parallelism.mesh import MeshConfig
 from research.data.config import DataConfig
 from research.training.config import (
@@ -44,6 +45,7 @@ class ExperimentConfig:
   start: StartConfig = StartConfig()
   compute: ComputeConfig = ComputeConfig()
   mesh: MeshConfig = MeshConfig()
+  hosts: HostsConfig = HostsConfig()
   checkpoints: CheckpointConfig = CheckpointConfig()
   monitors: MonitorConfig = MonitorConfig()
   evals: EvalConfig = EvalConfig()

@@ -28,6 +28,7 @@ from research.run_dir import CACHE, RunDir, write_whole
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
 from research.training.checkpoints import Checkpoints
+from research.training.join import join
 from research.training.logs import duration
 from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotWriter
@@ -55,7 +56,7 @@ def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.
   if items:
     encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
   # A run that exists already knows its parent, which may be gone by now.
-  begun = run_dir.manifest_json.exists()
+  begun = RunDir(run_dir.whole).manifest_json.exists()
   return _Inputs(source, items, numerics, None if begun else find_parent(config, source.tokenizer))
 
 
@@ -75,8 +76,9 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
     run_dir.lock()
     if run_dir.done.exists():
       hashes = inputs.source.hash, inputs.source.tokenizer.hash
-      manifest_lib.check_resumable(run_dir, config, *hashes)
-      print(f'finished already: {run_dir.report_html.resolve()}')
+      finished = RunDir(run_dir.whole)  # This process may not have been there.
+      manifest_lib.check_resumable(finished, config, *hashes)
+      print(f'finished already: {finished.report_html.resolve()}')
     else:
       _train(config, run_dir, mesh, inputs)
   except UserError:
@@ -98,6 +100,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   source = inputs.source
   checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
   restored = checkpoints.steps[-1] if checkpoints.steps else None
+  join(run_dir, restored)
   manifest = _open_manifest(config, run_dir, inputs, mesh, restored)
   built = build_lib.build(config, mesh, manifest['numerics'])
   if restored is None:
