@@ -112,6 +112,12 @@ def _by_tokens(x_BHL: jax.Array) -> jax.Array:
   return x_BHL.swapaxes(1, 2)[..., None]
 
 
+def _inner(x_BLHE: jax.Array, y_BLHE: jax.Array) -> jax.Array:
+  """Returns inner products over the head width, float32 [B, H, l]."""
+  product_BLHE = x_BLHE.astype(jnp.float32) * y_BLHE.astype(jnp.float32)
+  return jnp.sum(product_BLHE, axis=-1).swapaxes(1, 2)
+
+
 def _merged(total: Attended, part: Attended) -> Attended:
   """Returns attention over the keys of both, float32."""
   # At least HIDDEN / 2: a query that sees no key has weights 0, not 1.
@@ -209,9 +215,7 @@ def _backward(ring: Ring, residuals, g: Attended):
   w_i (g . out_i - g . out + g_lse).
   """
   queries, keys, attended = residuals
-  g_BLHE = g.out_BLHE.astype(jnp.float32)
-  inner_BLH = jnp.sum(attended.out_BLHE.astype(jnp.float32) * g_BLHE, axis=-1)
-  inner_BHL = inner_BLH.swapaxes(1, 2) - g.lse_BHL
+  inner_BHL = _inner(attended.out_BLHE, g.out_BLHE) - g.lse_BHL
   top_BHL = jnp.maximum(attended.lse_BHL, HIDDEN / 2)
 
   def pair(offset: int, work: Work, keys: Keys, state):
@@ -222,10 +226,10 @@ def _backward(ring: Ring, residuals, g: Attended):
             offset, work, near._replace(q_BLHE=q), far._replace(k_BMKE=k, v_BMKE=v)),
         near.q_BLHE, far.k_BMKE, far.v_BMKE)
     weights_BHL = jnp.exp(lse_BHL - _half(top_BHL, work.q_half, 2))
-    d_out_BLHE = (_half(g_BLHE, work.q_half) * _by_tokens(weights_BHL)).astype(out_BLHE.dtype)
+    g_BLHE = _half(g.out_BLHE, work.q_half)
+    d_out_BLHE = (g_BLHE * _by_tokens(weights_BHL)).astype(g_BLHE.dtype)
     # With the rounded cotangent: the kernel takes its product with the output off again.
-    product_BLH = jnp.sum(d_out_BLHE.astype(jnp.float32) * out_BLHE.astype(jnp.float32), axis=-1)
-    d_lse_BHL = product_BLH.swapaxes(1, 2) - weights_BHL * _half(inner_BHL, work.q_half, 2)
+    d_lse_BHL = _inner(d_out_BLHE, out_BLHE) - weights_BHL * _half(inner_BHL, work.q_half, 2)
     d_q, d_k, d_v = vjp((d_out_BLHE, d_lse_BHL))
     return _plus_half(d_q_BLHE, d_q, work.q_half), (
         _plus_half(d_k_BMKE, d_k, work.k_half), _plus_half(d_v_BMKE, d_v, work.k_half))
@@ -287,10 +291,10 @@ def _check_heads(n_heads: int, n_devices: int) -> None:
   """Raises ValueError where query heads do not divide over the devices."""
   if n_heads % n_devices:
     fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-    nearest = min(fitting, key=lambda n: abs(n - n_devices))
+    nearest = [*[n for n in fitting if n < n_devices][-1:], *[n for n in fitting if n > n_devices][:1]]
     raise ValueError(
-        f'{n_heads} query heads per device do not divide over {n_devices} context devices; '
-        f'{nearest} devices would do, or the ring, which takes any number of heads')
+        f'{n_heads} query heads do not divide over {n_devices} context devices; '
+        f'{" or ".join(map(str, nearest))} would do, as would the ring, which splits no heads')
 
 
 def all_to_all(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:
