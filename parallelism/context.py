@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parallelism.zigzag import DEAD, Arm, Work, arms, work_at
+from parallelism.zigzag import DEAD, EARLY, LATE, Arm, Work, arms, work_at
 
 HIDDEN = -1e30  # what attention gives as the log-sum-exp of a query that sees no key
 
@@ -90,14 +90,30 @@ def _half(x: jax.Array, half: jax.Array, axis: int = 1) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(x, half * n, n, axis)
 
 
-def _with_half(x: jax.Array, part: jax.Array, half: jax.Array, axis: int = 1) -> jax.Array:
-  """Returns x with a half replaced."""
-  return jax.lax.dynamic_update_slice_in_dim(x, part, half * part.shape[axis], axis)
+def _chosen(halves: tuple[Any, Any], half: jax.Array) -> Any:
+  """Returns one of the early and the late half."""
+  return jax.tree.map(lambda early, late: jnp.where(half == LATE, late, early), *halves)
 
 
-def _plus_half(x: jax.Array, part: jax.Array, half: jax.Array) -> jax.Array:
-  """Returns x with something added to a half of its tokens."""
-  return _with_half(x, _half(x, half) + part.astype(x.dtype), half)
+def _updated(halves: tuple[Any, Any], part: Any, half: jax.Array) -> tuple[Any, Any]:
+  """Returns the early and the late half, one of them replaced.
+
+  XLA does a selection in place; of what is updated at a computed place it copies the whole.
+  """
+  early, late = halves
+  return (jax.tree.map(lambda old, new: jnp.where(half == EARLY, new, old), early, part),
+          jax.tree.map(lambda old, new: jnp.where(half == LATE, new, old), late, part))
+
+
+def _plus(halves: tuple[Any, Any], part: Any, half: jax.Array) -> tuple[Any, Any]:
+  """Returns the early and the late half with something added to one of them."""
+  total = jax.tree.map(lambda old, new: old + new.astype(old.dtype), _chosen(halves, half), part)
+  return _updated(halves, total, half)
+
+
+def _joined(early: jax.Array, late: jax.Array, axis: int = 1) -> jax.Array:
+  """Returns the whole of two halves."""
+  return jnp.concatenate([early, late], axis)
 
 
 def _halves(work: Work, queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
@@ -152,32 +168,37 @@ def _in_turn(pair: Callable, works: tuple[Work, ...], numbers: Any, keys: Keys, 
 def _around(ring: Ring, pair: Callable, keys: Keys, kept: Any, nothing: Any) -> tuple[Any, Any]:
   """Returns what devices keep and what came together for their keys, after all steps.
 
-  pair(offset, work, keys, (kept, brought)) -> (kept, brought) is run for each visible pair of
-  chunks. What is brought belongs to the keys at hand, travels with them one step behind, is
-  summed, and comes home; it begins with `nothing`. No send waits for work of the same step.
+  pair(offset, work, keys, (kept, added)) -> (kept, added) is run for each visible pair of chunks;
+  `added` is an early and a late half that begin with `nothing`. They are added to what belongs to
+  the keys at hand, which travels with them one step behind and comes home at the end. No send
+  waits for work of the same step.
   """
   device = jax.lax.axis_index(ring.axis)
   chunk, window = keys.k_BMKE.shape[1] // 2, ring.mask.window
 
-  def along(arm: Arm, kept: Any, brought: Any):
-    def visit(numbers, at_hand: Keys, kept: Any, brought: Any):
-      arrived = ring.sent(brought, arm.direction)
-      kept, added = _in_turn(pair, arm.work, numbers, at_hand, (kept, nothing))
-      return kept, jax.tree.map(jnp.add, arrived, added)
+  def visit(works: tuple[Work, ...], numbers: Any, at_hand: Keys, kept: Any):
+    kept, added = _in_turn(pair, works, numbers, at_hand, (kept, (nothing, nothing)))
+    return kept, jax.tree.map(_joined, *added)
 
+  def along(arm: Arm, kept: Any, brought: Any):
     def step(state, numbers):
       at_hand, kept, brought = state
-      return (ring.sent(at_hand, arm.direction), *visit(numbers, at_hand, kept, brought)), None
+      arrived = ring.sent(brought, arm.direction)
+      kept, added = visit(arm.work, numbers, at_hand, kept)
+      return kept, jax.tree.map(jnp.add, arrived, added)
+
+    def step_and_send(state, numbers):
+      return (ring.sent(state[0], arm.direction), *step(state, numbers)), None
 
     numbers = _numbers(arm.work, device)
     state = ring.sent(keys, arm.direction), kept, brought
     if arm.n_steps > 1:
-      state, _ = jax.lax.scan(step, state, jax.tree.map(lambda x: x[:-1], numbers))
-    kept, brought = visit(jax.tree.map(lambda x: x[-1], numbers), *state)
+      state, _ = jax.lax.scan(step_and_send, state, jax.tree.map(lambda x: x[:-1], numbers))
+    kept, brought = step(state, jax.tree.map(lambda x: x[-1], numbers))
     return kept, ring.sent(brought, -arm.n_steps * arm.direction)
 
   own = work_at(np.zeros((), int), ring.n_devices, chunk, window)
-  kept, brought = _in_turn(pair, own, _numbers(own, device), keys, (kept, nothing))
+  kept, brought = visit(own, _numbers(own, device), keys, kept)
   for arm in arms(ring.n_devices, chunk, window):
     kept, brought = along(arm, kept, brought)
   return kept, brought
@@ -186,18 +207,17 @@ def _around(ring: Ring, pair: Callable, keys: Keys, kept: Any, nothing: Any) -> 
 def _forward(ring: Ring, queries: Queries, keys: Keys):
   """Returns the attention of this device's queries, and what backward needs."""
   def pair(offset: int, work: Work, keys: Keys, state):
-    (total, nothing) = state
+    total, nothing = state
     part = ring.attend_pair(offset, work, *_halves(work, queries, keys))
-    old = Attended(_half(total.out_BLHE, work.q_half), _half(total.lse_BHL, work.q_half, 2))
-    out_BLHE, lse_BHL = _merged(old, Attended(*part))
-    return Attended(_with_half(total.out_BLHE, out_BLHE, work.q_half),
-                    _with_half(total.lse_BHL, lse_BHL, work.q_half, 2)), nothing
+    merged = _merged(_chosen(total, work.q_half), Attended(*part))
+    return _updated(total, merged, work.q_half), nothing
 
-  q_BLHE = queries.q_BLHE
-  B, L, H, _ = q_BLHE.shape
-  blank = Attended(jnp.zeros(q_BLHE.shape, jnp.float32), jnp.full((B, H, L), HIDDEN, jnp.float32))
-  (out_BLHE, lse_BHL), _ = _around(ring, pair, keys, blank, ())
-  attended = Attended(out_BLHE.astype(q_BLHE.dtype), lse_BHL)
+  B, L, H, E = queries.q_BLHE.shape
+  blank = Attended(jnp.zeros((B, L // 2, H, E), jnp.float32),
+                   jnp.full((B, H, L // 2), HIDDEN, jnp.float32))
+  (early, late), _ = _around(ring, pair, keys, (blank, blank), ())
+  out_BLHE = _joined(early.out_BLHE, late.out_BLHE).astype(queries.q_BLHE.dtype)
+  attended = Attended(out_BLHE, _joined(early.lse_BHL, late.lse_BHL, axis=2))
   return attended, (queries, keys, attended)
 
 
@@ -219,7 +239,7 @@ def _backward(ring: Ring, residuals, g: Attended):
   top_BHL = jnp.maximum(attended.lse_BHL, HIDDEN / 2)
 
   def pair(offset: int, work: Work, keys: Keys, state):
-    d_q_BLHE, (d_k_BMKE, d_v_BMKE) = state
+    d_queries, d_keys = state
     near, far = _halves(work, queries, keys)
     (out_BLHE, lse_BHL), vjp = jax.vjp(
         lambda q, k, v: ring.attend_pair(
@@ -230,16 +250,17 @@ def _backward(ring: Ring, residuals, g: Attended):
     d_out_BLHE = (g_BLHE * _by_tokens(weights_BHL)).astype(g_BLHE.dtype)
     # With the rounded cotangent: the kernel takes its product with the output off again.
     d_lse_BHL = _inner(d_out_BLHE, out_BLHE) - weights_BHL * _half(inner_BHL, work.q_half, 2)
-    d_q, d_k, d_v = vjp((d_out_BLHE, d_lse_BHL))
-    return _plus_half(d_q_BLHE, d_q, work.q_half), (
-        _plus_half(d_k_BMKE, d_k, work.k_half), _plus_half(d_v_BMKE, d_v, work.k_half))
+    d_q, *d_kv = vjp((d_out_BLHE, d_lse_BHL))
+    return _plus(d_queries, d_q, work.q_half), _plus(d_keys, d_kv, work.k_half)
 
-  q_BLHE, k_BMKE, v_BMKE = queries.q_BLHE, keys.k_BMKE, keys.v_BMKE
-  d_q, d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (q_BLHE, k_BMKE, v_BMKE))
-  d_q, (d_k, d_v) = _around(ring, pair, keys, d_q, (d_k, d_v))
-  d_slopes_H = jax.tree.map(jnp.zeros_like, queries.slopes_H)
-  return (Queries(d_q.astype(q_BLHE.dtype), None, d_slopes_H),
-          Keys(d_k.astype(k_BMKE.dtype), d_v.astype(v_BMKE.dtype), None))
+  dtype = queries.q_BLHE.dtype
+  # Of a half; float32 on the wire too, where the keys of C devices come together.
+  d_q_BLHE, d_k_BMKE = (jnp.zeros((x.shape[0], x.shape[1] // 2, *x.shape[2:]), jnp.float32)
+                        for x in (queries.q_BLHE, keys.k_BMKE))
+  d_queries, d_kv = _around(ring, pair, keys, (d_q_BLHE, d_q_BLHE), [d_k_BMKE, d_k_BMKE])
+  d_k_BMKE, d_v_BMKE = (x.astype(dtype) for x in d_kv)
+  return (Queries(_joined(*d_queries).astype(dtype), None,
+                  jax.tree.map(jnp.zeros_like, queries.slopes_H)), Keys(d_k_BMKE, d_v_BMKE, None))
 
 
 _attend.defvjp(_forward, _backward)
