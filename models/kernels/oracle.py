@@ -28,7 +28,7 @@ def attention(
   logits = jnp.einsum('blkge,bmke->bkglm', q_BLKGE, k_BMKE, preferred_element_type=dtype)
   logits_BKGLM = softcapped(logits * scale, softcap)
   if alibi_slopes_H is not None:
-    slopes_KG11 = np.asarray(alibi_slopes_H).reshape(K, H // K, 1, 1)
+    slopes_KG11 = alibi_slopes_H.reshape(K, H // K, 1, 1)
     logits_BKGLM -= slopes_KG11 * np.abs(queries_L1 - keys_M)
   visible_BLM = jnp.asarray(mask.visible(queries_L1, keys_M))[None]
   if segment_ids_BL is not None:

@@ -129,7 +129,7 @@ def attention(
     key_segment_ids_BM = segment_ids_BL
   slopes_KG = None
   if alibi_slopes_H is not None:
-    slopes_KG = np.asarray(alibi_slopes_H, np.float32).reshape(K, H // K)
+    slopes_KG = alibi_slopes_H.astype(np.float32).reshape(K, H // K)
   outs = []
   for start in range(0, L, block):
     rows = slice(start, min(start + block, L))
