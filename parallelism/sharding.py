@@ -18,7 +18,9 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     'kv_heads': ('tensor',),
     'head': (),
     'vocab': ('tensor',),
-    'experts': (),
+    'experts': ('expert',),
+    'expert_embed': ('fsdp',),
+    'expert_mlp': ('tensor',),
     'positions': (),
     # Activations.
     'batch': ('data', 'fsdp'),
