@@ -59,10 +59,10 @@ def auxiliary_losses(
   (T, X), R = logits_TX.shape, expert_TR.shape[1]
   real_T = jnp.ones((T,), jnp.float32) if real_T is None else real_T.astype(jnp.float32)
   chosen_TX = jnp.mean(jax.nn.one_hot(expert_TR, X, dtype=jnp.float32), axis=1)
-  n_real, load_X = total((jnp.sum(real_T), real_T @ chosen_TX))
+  n_own = jnp.sum(real_T)
+  n_real, load_X = total((n_own, real_T @ chosen_TX))
   n_real = jnp.maximum(n_real, 1.0)
-  load_X, share_T = load_X / n_real, real_T / n_real
-  share = jnp.sum(share_T)
+  load_X, share_T, share = load_X / n_real, real_T / n_real, n_own / n_real
   return AuxLosses(
     balance=X * jnp.sum(load_X * (share_T @ p_TX)),
     router_z=jnp.sum(share_T * jax.nn.logsumexp(logits_TX, axis=-1) ** 2),
