@@ -1,6 +1,7 @@
 """Owns the configuration of a model: its shape, its variants and how it is computed."""
 
 import dataclasses
+import math
 from typing import Annotated as A
 from typing import ClassVar, Optional
 
@@ -86,6 +87,13 @@ class MoEConfig:
   balance_weight: A[float, 'weight of the load-balance loss (Switch, eq. 4)'] = 0.01
   router_z_weight: A[float, 'weight of the router z-loss (ST-MoE, eq. 5)'] = 0.001
   normalize_top_k: A[bool, 'whether the top-k weights are rescaled to sum to 1'] = True
+  capacity_factor: A[
+    float, "slots of each expert over its mean number of a device's choices; 0 drops nothing"
+  ] = 0.0
+  exchange_factor: A[
+    float, 'rows per round and pair of devices over their mean, when nothing is dropped',
+    'placement',
+  ] = 1.25
 
   def __post_init__(self):
     _require(self.n_experts >= 0, f'model.moe.n_experts={self.n_experts} must be at least 0')
@@ -95,6 +103,15 @@ class MoEConfig:
         f'model.moe.top_k={self.top_k} must be from 1 to model.moe.n_experts={self.n_experts}',
       )
       _require(self.d_expert > 0, f'model.moe.d_expert={self.d_expert} must be above 0')
+    _require(
+      0 <= self.capacity_factor < math.inf,
+      f'model.moe.capacity_factor={self.capacity_factor} must be 0 (nothing is dropped) or '
+      'above, such as 1.25',
+    )
+    _require(
+      0 < self.exchange_factor < math.inf,
+      f'model.moe.exchange_factor={self.exchange_factor} must be above 0, such as 1.25',
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,11 @@ from models.attention import (
   cached_attention, configured_attention, configured_decode_attention, prefix_attention,
 )
 from models.config import ModelConfig
+from models.dispatch import ExpertDispatch
 from models.kernels.decoding import Cache, DecodeAttention
 from models.kernels.interface import Attention, Mask, softcapped
 from models.layers import MLP, AttentionProjections, Constrain, Embedding, model_norm
-from models.moe import AuxLosses, ExpertDispatch, MoE, ragged_dispatch
+from models.moe import AuxLosses, MoE, Total, own_tokens
 from models.positions import alibi_slopes, rope_tables, rotate
 from models.spread import Spread
 from models.stack import RunLayers, run_layers
@@ -45,14 +46,16 @@ class Seams:
   constrain(x, logical_names) -> x; attend: see `kernels.interface.Attention`, None means
   the one that the config names; attend_cached: see `kernels.decoding.DecodeAttention`, None
   means the one for the platform; run_layers: see `stack.RunLayers`; expert_dispatch: see
-  `moe.ExpertDispatch`; spread: see `spread.Spread`.
+  `dispatch.ExpertDispatch`, None means the one that the config names; token_sum: see `total` of
+  `moe.auxiliary_losses`; spread: see `spread.Spread`.
   """
 
   constrain: Constrain = unconstrained
   attend: Optional[Attention] = None
   attend_cached: Optional[DecodeAttention] = None
   run_layers: RunLayers = run_layers
-  expert_dispatch: ExpertDispatch = ragged_dispatch
+  expert_dispatch: Optional[ExpertDispatch] = None
+  token_sum: Total = own_tokens
   spread: Spread = Spread()
 
 
@@ -160,8 +163,10 @@ class Block(nnx.Module):
   def _feed_forward(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, AuxLosses]:
     """Returns the feed-forward output [B, L, D] and its auxiliary losses."""
     if isinstance(self.mlp, MoE):
-      real_BL = None if context.segment_ids_BL is None else context.segment_ids_BL != 0
-      return self.mlp(x_BLD, real_BL, self.seams.expert_dispatch)
+      real_BL = None
+      if context.segment_ids_BL is not None:
+        real_BL = self.seams.spread.own(context.segment_ids_BL) != 0
+      return self.mlp(x_BLD, real_BL, self.seams.expert_dispatch, self.seams.token_sum)
     return self.mlp(x_BLD, self.seams.constrain, self.seams.spread), no_aux_losses()
 
   def _normed(self, name: str, x_BLD: jax.Array) -> jax.Array:
@@ -189,7 +194,7 @@ class Block(nnx.Module):
 
 def no_aux_losses() -> AuxLosses:
   """Returns zero auxiliary losses."""
-  return AuxLosses(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+  return AuxLosses(*[jnp.zeros((), jnp.float32)] * len(AuxLosses._fields))
 
 
 class Transformer(nnx.Module):

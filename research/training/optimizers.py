@@ -8,6 +8,8 @@ import optax
 
 from research.training.config import OptimizerConfig
 
+_STREAM = {'embed', 'expert_embed'}  # logical names of the residual stream's axis
+
 
 def schedule(config: OptimizerConfig, n_steps: int) -> optax.Schedule:
   """Returns step (number of updates done) -> learning rate, float32 scalar.
@@ -63,20 +65,20 @@ def decay_mask(logical_axes: Any, decay_embeddings: bool) -> Any:
 
 def _is_bias(path: tuple, axes: list) -> bool:
   name = str(getattr(path[-1], 'key', path[-1]))
-  return 'embed' not in axes or 'bias' in name
+  return not set(axes) & _STREAM or 'bias' in name
 
 
 def _muon_dimensions(logical_axes: Any, mask: Any) -> Any:
   """Returns Muon's dimension numbers for hidden matrices and None (Adam) for all else.
 
-  The axis named 'embed' is the input of projections that read the residual stream and the
-  output of those that write it; it stands first in the former and last in the latter.
+  The residual stream's axis is the input of projections that read the stream and the output of
+  those that write it; it stands first in the former and last in the latter.
   """
   def dimensions(names, is_matrix):
     if not is_matrix or 'vocab' in names or 'positions' in names:
       return None
     axes = _own_axes(names)
-    reads = names[axes[0]] == 'embed'
+    reads = names[axes[0]] in _STREAM
     inputs, outputs = (axes[:1], axes[1:]) if reads else (axes[:-1], axes[-1:])
     return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
   return jax.tree.map(dimensions, logical_axes, mask, is_leaf=_is_names)

@@ -28,6 +28,8 @@ BAD_PARTS = [
   (RopeConfig, dict(fraction=0.0), 'model.rope.fraction=0.0 must be above 0'),
   (RopeConfig, dict(high_freq_factor=1.0), 'model.rope.high_freq_factor=1.0 must be above'),
   (MoEConfig, dict(n_experts=2, top_k=3), 'model.moe.top_k=3 must be from 1 to'),
+  (MoEConfig, dict(capacity_factor=-1.0), 'model.moe.capacity_factor=-1.0 must be 0'),
+  (MoEConfig, dict(exchange_factor=0.0), 'model.moe.exchange_factor=0.0 must be above 0'),
 ]
 
 

@@ -252,7 +252,7 @@ def test_logical_axes_match_the_parameters():
   assert attention['q'] == ('layers', 'embed', 'heads', 'head')
   assert attention['o'] == ('layers', 'heads', 'head', 'embed')
   moe = transformer.logical_axes(tiny(moe=MoEConfig(n_experts=3)))['blocks']['mlp']
-  assert moe['down'] == ('layers', 'experts', 'mlp', 'embed')
+  assert moe['down'] == ('layers', 'experts', 'expert_mlp', 'expert_embed')
 
 
 def test_seams_are_called_with_logical_names():

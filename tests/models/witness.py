@@ -154,10 +154,12 @@ def feed_forward(config, p, x_LD):
   return hidden @ p['down'] + p.get('down_bias', 0)
 
 
-def experts(config, p, x_LD):
-  """Returns the mixture-of-experts branch, token by token, expert by expert."""
+def experts(config, p, x_LD, segments_L):
+  """Returns the mixture-of-experts branch, token by token, expert by expert; 0 for padding."""
   out = np.zeros_like(x_LD)
   for t, x in enumerate(x_LD):
+    if segments_L[t] == 0:
+      continue
     probabilities = softmax(x @ p['router'])
     chosen = np.argsort(-probabilities, kind='stable')[: config.moe.top_k]
     weights = probabilities[chosen]
@@ -175,7 +177,9 @@ def block(config, p, x, kind, segments_L, positions_L):
     y = f(norm_rows(config, p[before], x) if before in p else x)
     return norm_rows(config, p[after], y) if after in p else y
 
-  mlp = experts if config.moe.n_experts else feed_forward
+  def mlp(config, p, y):
+    return experts(config, p, y, segments_L) if config.moe.n_experts else feed_forward(config, p, y)
+
   attended = branch(
     lambda y: attention(config, p['attention'], y, kind, segments_L, positions_L),
     'attention_norm', 'attention_out_norm', x,

@@ -1,0 +1,173 @@
+"""Owns how tokens reach their experts: dropless in ragged blocks, or in slots of fixed number.
+
+An expert id equal to the number of experts means no expert: such a choice (of padding) costs
+nothing, takes no slot and adds nothing to the token's sum.
+"""
+
+import fractions
+import math
+from typing import Callable, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from models.config import MoEConfig
+
+
+class Experts(NamedTuple):
+  """Weights of the experts in the compute dtype."""
+
+  gate_XDF: jax.Array
+  up_XDF: jax.Array
+  down_XFD: jax.Array
+
+
+class Dispatched(NamedTuple):
+  """What a dispatch returns: the tokens' weighted sums and what it took.
+
+  n_dropped: choices of the tokens at hand that no expert took, float32; n_rounds: exchanges
+  with other devices, float32, 0 on one device.
+  """
+
+  out_TD: jax.Array
+  n_dropped: jax.Array
+  n_rounds: jax.Array
+
+
+class ExpertDispatch(Protocol):
+  """Sends tokens [T, D] to their experts [T, R] and returns their sums with weights [T, R]."""
+
+  def __call__(
+    self, x_TD: jax.Array, expert_TR: jax.Array, weight_TR: jax.Array, experts: Experts,
+    activation: Callable[[jax.Array], jax.Array],
+  ) -> Dispatched: ...
+
+
+@jax.custom_vjp
+def gathered(x_SD: jax.Array, source_N: jax.Array, used_SK: jax.Array) -> jax.Array:
+  """Returns the rows x[source], zero where `source` is beyond the last.
+
+  `used_SK` lists the up to K rows of the result that each row of x became, or an index
+  beyond the last; with it backward gathers too, where autodiff would scatter.
+  """
+  del used_SK
+  return x_SD.at[source_N].get(mode='fill', fill_value=0)
+
+
+def _gathered_forward(x_SD, source_N, used_SK):
+  """Returns the rows, and where they were used."""
+  return gathered(x_SD, source_N, used_SK), used_SK
+
+
+def _gathered_backward(used_SK, g_ND: jax.Array):
+  """Returns each row's sum of cotangents."""
+  columns = (g_ND.at[used_S].get(mode='fill', fill_value=0) for used_S in used_SK.T)
+  return sum(columns), None, None
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def inverse(order_N: jax.Array) -> jax.Array:
+  """Returns the inverse of a permutation."""
+  return jnp.argsort(order_N)
+
+
+def ragged_product(x_ND: jax.Array, weight_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
+  """Returns each block of rows times its matrix [N, F]; rows beyond the blocks are zero.
+
+  JAX leaves open what its ragged product holds there.
+  """
+  in_block_N1 = (jnp.arange(x_ND.shape[0]) < jnp.sum(sizes_X))[:, None]
+  return jnp.where(in_block_N1, jax.lax.ragged_dot(x_ND, weight_XDF, sizes_X), 0)
+
+
+def ragged_experts(
+  rows_ND: jax.Array, weight_N: jax.Array, sizes_X: jax.Array, experts: Experts, activation
+) -> jax.Array:
+  """Returns weighted outputs [N, D] of rows sorted by expert, `sizes_X` rows each.
+
+  The weight multiplies the hidden units: its gradient then needs no output kept or recomputed.
+  """
+  gate_NF = ragged_product(rows_ND, experts.gate_XDF, sizes_X)
+  up_NF = ragged_product(rows_ND, experts.up_XDF, sizes_X)
+  hidden_NF = (activation(gate_NF) * up_NF * weight_N[:, None]).astype(rows_ND.dtype)
+  return ragged_product(hidden_NF, experts.down_XFD, sizes_X)
+
+
+def ragged_dispatch(
+  x_TD: jax.Array, expert_TR: jax.Array, weight_TR: jax.Array, experts: Experts, activation
+) -> Dispatched:
+  """Returns the weighted sum of each token's experts [T, D]; no token is ever dropped.
+
+  Token copies are sorted by expert, so that each expert's rows are one ragged block.
+  """
+  T, R = expert_TR.shape
+  order_A = jnp.argsort(expert_TR.reshape(-1), stable=True)
+  sizes_X = jnp.bincount(expert_TR.reshape(-1), length=experts.gate_XDF.shape[0])
+  source_A = jnp.where(jnp.arange(T * R) < jnp.sum(sizes_X), order_A // R, T)
+  rank_A = inverse(order_A)
+  rows_AD = gathered(x_TD, source_A, rank_A.reshape(T, R))
+  out_AD = ragged_experts(rows_AD, weight_TR.reshape(-1)[order_A], sizes_X, experts, activation)
+  out_TRD = gathered(out_AD, rank_A, order_A[:, None]).reshape(T, R, -1)
+  return Dispatched(jnp.sum(out_TRD, axis=1), jnp.float32(0), jnp.float32(0))
+
+
+def capacity(config: MoEConfig, n_tokens: int) -> int:
+  """Returns how many choices of `n_tokens` tokens each expert takes (GShard, section 3.1).
+
+  ceil(capacity_factor * n_tokens * top_k / n_experts), exact in the decimal factor, and no
+  more than there are tokens.
+  """
+  factor = fractions.Fraction(str(config.capacity_factor))
+  return min(n_tokens, math.ceil(factor * n_tokens * config.top_k / config.n_experts))
+
+
+def own_slots(rows_XCD: jax.Array) -> jax.Array:
+  """Returns the slots as they are: one device owns all experts."""
+  return rows_XCD
+
+
+def capacity_dispatch(
+  config: MoEConfig, to_owners: Callable[[jax.Array], jax.Array] = own_slots,
+  to_sources: Callable[[jax.Array], jax.Array] = own_slots,
+) -> ExpertDispatch:
+  """Returns a dispatch in which each expert takes at most `capacity` choices.
+
+  The tokens of one call, those of one device, are a group with slots of its own (GShard's
+  groups), so what is dropped depends on how a batch is cut. First choices come before second
+  ones, earlier tokens before later ones; what finds no slot adds nothing (Fedus et al. 2021,
+  section 2.2). `to_owners` brings slots [X, C, D] to the devices that own the experts
+  [X / P, P * C, D], `to_sources` brings them back.
+  """
+
+  def dispatch(x_TD, expert_TR, weight_TR, experts, activation):
+    (T, R), X, C = expert_TR.shape, config.n_experts, capacity(config, expert_TR.shape[0])
+    expert_A = expert_TR.T.reshape(-1)  # choice number a = r * T + t, in order of priority
+    order_A = jnp.argsort(expert_A, stable=True)
+    sizes_X = jnp.bincount(expert_A, length=X)
+    starts_X = jnp.cumsum(sizes_X) - sizes_X
+    place_A = inverse(order_A) - starts_X[expert_A]
+    taken_A = (expert_A < X) & (place_A < C)
+    slot_A = jnp.where(taken_A, expert_A * C + place_A, X * C)
+    filled_XC = jnp.arange(C) < sizes_X[:, None]
+    choice_XC = jnp.where(filled_XC, order_A[starts_X[:, None] + jnp.arange(C)], T * R)
+    choice_S = choice_XC.reshape(-1)
+    token_S = jnp.where(choice_S < T * R, choice_S % T, T)
+    slots_SD = gathered(x_TD, token_S, slot_A.reshape(R, T).T)
+    rows_XND = to_owners(slots_SD.reshape(X, C, -1))
+    gate_XNF = jnp.einsum('xnd,xdf->xnf', rows_XND, experts.gate_XDF)
+    up_XNF = jnp.einsum('xnd,xdf->xnf', rows_XND, experts.up_XDF)
+    out_XND = jnp.einsum('xnf,xfd->xnd', activation(gate_XNF) * up_XNF, experts.down_XFD)
+    back_SD = to_sources(out_XND).reshape(X * C, -1)
+    out_RTD = gathered(back_SD, slot_A, choice_S[:, None]).reshape(R, T, -1)
+    out_TD = jnp.einsum('rtd,tr->td', out_RTD, weight_TR.astype(out_RTD.dtype))
+    n_dropped = jnp.sum((expert_A < X) & ~taken_A, dtype=jnp.float32)
+    return Dispatched(out_TD, n_dropped, jnp.float32(0))
+
+  return dispatch
+
+
+def configured_dispatch(config: MoEConfig) -> ExpertDispatch:
+  """Returns the dispatch that a configuration names, for experts all on one device."""
+  return capacity_dispatch(config) if config.capacity_factor else ragged_dispatch
