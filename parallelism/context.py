@@ -308,7 +308,7 @@ def ring(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:
   return attended
 
 
-def _check_heads(n_heads: int, n_devices: int) -> None:
+def check_heads(n_heads: int, n_devices: int) -> None:
   """Raises ValueError where query heads do not divide over the devices."""
   if n_heads % n_devices:
     fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
@@ -335,7 +335,7 @@ def all_to_all(attend: Callable, n_devices: int, axis: str = 'context') -> Calla
                **options: Any) -> Attended:
     H, K = q_BLHE.shape[2], k_BLKE.shape[2]
     _check_axis(axis, n_devices)
-    _check_heads(H, n_devices)
+    check_heads(H, n_devices)
     copies = math.lcm(K, n_devices) // K
     arrays = [q_BLHE, *(jnp.repeat(x, copies, axis=2) for x in (k_BLKE, v_BLKE))]
     if segment_ids_BL is not None:

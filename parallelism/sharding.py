@@ -38,7 +38,8 @@ ACTIVATIONS: dict[str | None, tuple[str, ...]] = {
     'vocab_act': ('tensor',),
 }
 TABLE = STORAGE | ACTIVATIONS
-TOKEN_AXES = ('data', 'fsdp', 'expert', 'context')  # devices along these hold distinct tokens
+# Devices along these hold distinct tokens, along tensor where it splits the residual stream.
+TOKEN_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
 
 def partition_spec(names: Names) -> PartitionSpec:

@@ -124,7 +124,7 @@ class Storage:
     return jax.lax.psum(x, axes) if axes else x
 
   def token_total(self, x: Any) -> Any:
-    """Returns a tree of numbers summed over the devices that hold distinct rows or columns."""
+    """Returns a tree of numbers summed over the devices that hold distinct tokens."""
     axes = self._present(TOKEN_AXES)
     return jax.lax.psum(x, axes) if axes else x
 

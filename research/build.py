@@ -26,15 +26,17 @@ from models.attention import (
     configured_decode_attention,
     hardware,
 )
-from models.config import ModelConfig
+from models.config import ModelConfig, MoEConfig
+from models.dispatch import ExpertDispatch, capacity_dispatch, ragged_experts
 from models.kernels.decoding import Decoded
 from models.kernels.interface import Attended
 from models.spread import Spread
 from models.stack import run_layers, scans_layers
-from parallelism import schedules, sharding
+from parallelism import context, experts, schedules, sharding
 from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
 from parallelism.spread import OverTensor
 from parallelism.storage import LABEL, STAGE, Storage, over_devices, specs
+from parallelism.zigzag import zigzag_order
 from research.config import ExperimentConfig
 from research.training import pipelined
 from research.training import step as step_lib
@@ -90,6 +92,11 @@ class Build:
       return jax.jit(lambda: _fresh_state(self.config, self.optimizer),
                      out_shardings=shardings)()
 
+  @property
+  def storage(self) -> Storage:
+    """How parameters are gathered and their gradients summed."""
+    return _storage(self.config, self.mesh)
+
   def jitted_step(self):
     """Returns the jitted step(state, batch) -> (state, metrics), to be used by `in_mesh`."""
     config = self.config
@@ -102,11 +109,6 @@ class Build:
   def train_step(self):
     """Returns the step(state, batch) -> (state, metrics) of a run; the state is donated."""
     return _trimmed(self.in_mesh(self.jitted_step()))
-
-  @property
-  def storage(self) -> Storage:
-    """How parameters are gathered and their gradients summed."""
-    return _storage(self.config, self.mesh)
 
   def total_up(self):
     """Returns f(params, batch, key data, n_tokens) -> (loss, metric sums, gradients)."""
@@ -123,16 +125,29 @@ class Build:
   def _token_ids(self) -> jax.Array:
     """Returns a number per token of a batch, int32 [B, L], whatever the mesh."""
     n_rows, length = self.config.data.batch_size, self.config.data.sequence_length
-    return jnp.arange(n_rows, dtype=jnp.int32)[:, None] * length + jnp.arange(length)
+    return jnp.arange(n_rows, dtype=jnp.int32)[:, None] * length + self.columns
 
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""
     gather = functools.partial(_gather_ends, self.storage, self.names)
     rows = sharding.partition_spec(BATCH_NAMES)
-    evaluate = over_devices(
+    on_devices = over_devices(
         self.mesh, step_lib.make_eval_step(self.config, self.device_graphdef, gather),
         (specs(self.names), rows), rows)
+    in_order = np.argsort(self.columns)
+
+    def evaluate(params, batch):
+      nats_BL = on_devices(params, batch)
+      return nats_BL if self.mesh.shape['context'] == 1 else nats_BL[:, in_order]
     return self.in_mesh(jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh)))
+
+  @property
+  def columns(self) -> np.ndarray:
+    """The order in which tokens of a row lie over the devices, int [L]."""
+    length, n_context = self.config.data.sequence_length, self.mesh.shape['context']
+    if n_context > 1 and self.config.compute.context == 'ring':
+      return zigzag_order(length, n_context)
+    return np.arange(length)
 
   def in_mesh(self, function):
     """Returns the function run under this mesh and the configured matmul precision."""
@@ -156,7 +171,10 @@ class Build:
     return sorted({row for index in indices.values() for row in range(n_rows)[index[0]]})
 
   def place_batch(self, local: dict[str, np.ndarray]) -> step_lib.Batch:
-    """Returns the global batch from the rows of `local_rows()`, laid out over the mesh."""
+    """Returns the global batch from the rows of `local_rows()`, laid out over the mesh.
+
+    Tokens of a row are in the order of `columns`.
+    """
     rows = {row: i for i, row in enumerate(self.local_rows())}
     n_rows = self.config.data.batch_size
 
@@ -165,7 +183,7 @@ class Build:
         wanted = [rows[row] for row in range(n_rows)[index[0]]]
         return x_RL[wanted][(slice(None), *index[1:])]
       return jax.make_array_from_callback((n_rows, *x_RL.shape[1:]), self.batch_sharding, shard)
-    return {name: place(x) for name, x in local.items()}
+    return {name: place(x_RL[:, self.columns]) for name, x_RL in local.items()}
 
 
 def _trimmed(step):
@@ -326,15 +344,26 @@ def count_microbatches(config: ExperimentConfig, mesh: Mesh) -> int:
 
 
 def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
-  """Raises ValueError where the mesh does not divide the tokens of a row."""
-  tensor = mesh.shape['tensor'] if config.compute.sequence else 1
-  parts = mesh.shape['context'] * tensor
-  if config.data.sequence_length % parts:
+  """Raises ValueError where the mesh does not divide the tokens of a row, or its heads."""
+  compute, sizes = config.compute, mesh.shape
+  chunks = 2 if sizes['context'] > 1 and compute.context == 'ring' else 1
+  tensor = sizes['tensor'] if compute.sequence else 1
+  length, parts = config.data.sequence_length, chunks * sizes['context'] * tensor
+  if length % parts:
     axes = ('context', 'tensor') if tensor > 1 else ('context',)
+    ring = ' in two chunks per device of the ring' if chunks > 1 else ''
+    raise ValueError(f'data.sequence_length={length} is not divided by {_split_by(mesh, axes)}{ring}; '
+                     f'{max(1, round(length / parts)) * parts} is')
+  if sizes['context'] > 1 and compute.context == 'all_to_all':
+    context.check_heads(config.model.n_heads // sizes['tensor'], sizes['context'])
+  if sizes['context'] > 1 and sizes[STAGE] > 1 and compute.context == 'ring':
     raise ValueError(
-        f'data.sequence_length={config.data.sequence_length} is not divided by '
-        f'{_split_by(mesh, axes)}; {config.data.sequence_length // parts * parts or parts} is'
-        f'{", or compute.sequence=False" if tensor > 1 else ""}')
+        f"compute.context='ring' sends by collective permutes, in which all devices take part at "
+        f'once; the mesh.stage={sizes[STAGE]} stages of a pipeline do not: '
+        "compute.context='all_to_all' works there")
+  if config.model.moe.n_experts and sizes['tensor'] > 1 and not compute.sequence:
+    raise ValueError(f'compute.sequence=False leaves every one of mesh.tensor={sizes["tensor"]} '
+                     'devices with the same tokens; experts need compute.sequence=True there')
 
 
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
@@ -354,14 +383,30 @@ def _observing_seams(model: ModelConfig, mesh: Mesh) -> transformer.Seams:
 def _device_seams(config: ExperimentConfig, mesh: Mesh, names: Any) -> transformer.Seams:
   """Returns the seams of a model of which every device runs its part."""
   attend, n_tensor = configured_attention(config.model), mesh.shape['tensor']
+  if mesh.shape['context'] > 1:
+    over_context = {'ring': context.ring, 'all_to_all': context.all_to_all}
+    attend = over_context[config.compute.context](attend, mesh.shape['context'])
   if n_tensor > 1:
     attend = with_own_slopes(attend, 'tensor')
   run, storage = run_layers, _storage(config, mesh)
   if config.compute.gather == 'layer' and mesh.size > 1:
     run = _gathering(storage, _of_one_layer(names['blocks']), (), run)
   return transformer.Seams(
-      attend=attend, run_layers=run,
+      attend=attend, run_layers=run, expert_dispatch=_expert_dispatch(config.model.moe, mesh),
+      token_sum=storage.token_total,
       spread=OverTensor(n_tensor, config.compute.sequence) if n_tensor > 1 else Spread())
+
+
+def _expert_dispatch(moe: MoEConfig, mesh: Mesh) -> ExpertDispatch | None:
+  """Returns how tokens reach experts on several devices, None where each has all experts."""
+  group = {axis: mesh.shape[axis] for axis in sharding.STORAGE['experts'] if mesh.shape[axis] > 1}
+  if not moe.n_experts or not group:
+    return None
+  experts.check_experts(moe.n_experts, group)
+  axes = tuple(group)
+  if moe.capacity_factor:
+    return capacity_dispatch(moe, *experts.slot_exchange(axes))
+  return experts.dropless(ragged_experts, axes, moe.exchange_factor)
 
 
 def _kernel(model: ModelConfig, mesh: Mesh):

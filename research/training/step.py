@@ -16,7 +16,8 @@ from models.loss import cross_entropy, token_log_probs
 
 Batch = dict[str, jax.Array]
 ENDS = ('embedding', 'final_norm')  # parameters outside the blocks
-METRIC_SUMS = ('nll', 'z_loss', 'correct', 'router')
+LOADS = ('max_load', 'dropped', 'rounds')  # of experts, see `models.moe.AuxLosses`
+METRIC_SUMS = ('nll', 'z_loss', 'correct', 'router', *LOADS)
 
 
 class State(NamedTuple):
@@ -64,14 +65,24 @@ def token_loss(config, model, hidden_BlD: jax.Array, micro: Batch, n_tokens: jax
       z_weight=config.optimizer.z_weight, softcap=config.model.final_softcap,
       chunk=config.compute.loss_chunk, spread=spread)
   sums = {'nll': result.loss_sum - result.z_sum, 'z_loss': result.z_sum,
-          'correct': result.correct_sum, 'router': jnp.float32(0)}
-  return result.loss_sum / n_tokens, sums
+          'correct': result.correct_sum}
+  return result.loss_sum / n_tokens, metric_sums(**sums)
 
 
-def router_loss(config, aux) -> jax.Array:
-  """Returns the weighted router losses of a micro-batch."""
+def metric_sums(**sums: jax.Array) -> dict[str, jax.Array]:
+  """Returns the sums that metrics are made of, zero where none is given."""
+  return {name: sums.get(name, jnp.float32(0)) for name in METRIC_SUMS}
+
+
+def router_loss(config, aux, n_micro: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns a micro-batch's share of the router losses, and the sums of its experts' metrics.
+
+  Losses are sums over layers, loads means.
+  """
   weights = config.model.moe
-  return weights.balance_weight * aux.balance + weights.router_z_weight * aux.router_z
+  loss = weights.balance_weight * aux.balance + weights.router_z_weight * aux.router_z
+  loads = {name: getattr(aux, name) / (config.model.n_layers * n_micro) for name in LOADS}
+  return loss / n_micro, metric_sums(router=loss / n_micro, **loads)
 
 
 def make_loss(config, graphdef, gather: Callable = lambda params: params) -> Callable:
@@ -86,8 +97,8 @@ def make_loss(config, graphdef, gather: Callable = lambda params: params) -> Cal
     hidden_BlD, aux = model(micro['tokens'], micro['segment_ids'], micro['positions'],
                             dropout=dropout_of(config, key, micro))
     loss, sums = token_loss(config, model, hidden_BlD, micro, n_tokens)
-    router = router_loss(config, aux) / n_micro
-    return loss + router, {**sums, 'router': router}
+    router, router_sums = router_loss(config, aux, n_micro)
+    return loss + router, jax.tree.map(jnp.add, sums, router_sums)
   return loss_fn
 
 
@@ -146,6 +157,8 @@ def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransfo
         'accuracy': sums['correct'] / n_tokens, 'grad_norm': grad_norm,
         'param_norm': optax.tree.norm(new.params), 'learning_rate': lr,
         'batch_tokens': batch['loss_mask'].sum(), 'skipped': 1.0 - finite.astype(jnp.float32)}
+    if config.model.moe.n_experts:
+      metrics |= {f'expert_{name}': sums[name] for name in LOADS}
     return new, metrics
 
   return train_step

@@ -74,11 +74,11 @@ CASES = [
     case('post-norm alibi', {'context': 'all_to_all'}, fsdp=2, context=2, tensor=2),
     case('post-norm alibi', context=2, tensor=2, data=2),
     case('five layers', stage=2, fsdp=2, tensor=2),
-    case('five layers', {'gather': 'step', 'pipeline': 'interleaved', 'pipeline_chunks': 2},
-         stage=2, context=2, fsdp=2),
+    case('five layers', {'gather': 'step', 'pipeline': 'interleaved', 'pipeline_chunks': 2,
+                         'context': 'all_to_all'}, stage=2, context=2, fsdp=2),
     case('experts', expert=4, data=2),
     case('experts', expert=2, fsdp=2, tensor=2),
-    case('experts', stage=2, expert=2, context=2),
+    case('experts', {'context': 'all_to_all'}, stage=2, expert=2, context=2),
 ]
 # Learning rates are large so that rounding of parameter minus start (norm scales stand near 1)
 # stays below the tolerance; both updates are linear in the learning rate.
@@ -227,7 +227,7 @@ def test_a_broken_gradient_is_rejected():
 def test_loss_of_thirty_steps_does_not_depend_on_the_mesh():
   losses = {}
   for case_ in (case('five layers'), case('five layers', data=2, fsdp=2, tensor=2),
-                case('five layers', stage=2, context=2, tensor=2)):
+                case('five layers', stage=2, fsdp=2, tensor=2)):
     built = built_for(config_for(case_, ADAMW))
     state, step, losses[case_] = built.init_state(), built.train_step(), []
     for k in range(30):
