@@ -132,7 +132,8 @@ def test_the_text_is_there_where_the_executable_cannot_give_it():
                    [((8 * 1024, 1024), jnp.bfloat16)])
   compiled, text = hlo.compile_to_text(lowered)
   assert compiled.memory_analysis().argument_size_in_bytes == 1024 * 1024 * 2
-  assert hlo.parse(text).entry.root.opcode == 'async-done'  # on the sparse cores
+  opcodes = [instruction.opcode for instruction in hlo.parse(text).entry.instructions]
+  assert opcodes.count('all-reduce') + opcodes.count('async-start') == 1  # the sparse cores do it
 
 
 def test_a_missing_dump_is_an_error():
