@@ -114,8 +114,9 @@ def find_collectives(module: Module, computation: Computation, instruction: Inst
                      axis_sizes: Mapping[str, int]) -> list[tuple[Collective, str | None]]:
   """Returns the collectives that an instruction is or holds inside, and their chains.
 
-  They have the name of the instruction, also if they are inside. Pieces of one asynchronous collective that the compiler spreads over several fusions have the
-  same chain, a string; other collectives have None.
+  They have the name of the instruction, also those inside. Pieces of one asynchronous collective
+  that the compiler spreads over several fusions have the same chain, a string; other collectives
+  have None.
   """
   kind = instruction.opcode.removesuffix('-start')
   if kind in COLLECTIVES:

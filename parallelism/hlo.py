@@ -241,13 +241,13 @@ def compile_to_text(lowered: jax.stages.Lowered, options: Mapping[str, Any] | No
     options: further compiler options.
 
   Raises:
-    ValueError: the compiler wrote no such dump, as where a compilation cache had the program.
+    ValueError: the compiler wrote no such dump or several.
   """
   with tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile(compiler_options={
         **(options or {}), 'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
     paths = sorted(pathlib.Path(folder).glob('*after_optimizations.txt'))
     if len(paths) != 1:
-      raise ValueError(f'the compiler wrote {len(paths)} dumps of the optimized program, not one; '
-                       'a compilation cache has to be off (jax_enable_compilation_cache=False)')
+      raise ValueError(f'the compiler wrote {len(paths)} dumps *after_optimizations.txt of the '
+                       'program, not one (xla_dump_to, xla_dump_hlo_as_text)')
     return compiled, paths[0].read_text(encoding='utf-8')

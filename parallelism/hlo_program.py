@@ -147,7 +147,7 @@ class _Reader:
       moved = traffic(self.module, computation, instruction)
       yield from _host_transfers(instruction, moved)
       if opcode.endswith(('-start', '-update', '-done')):
-        yield from self._asynchronous(computation, instruction, started, moved)
+        yield from self._asynchronous(computation, instruction, started)
       else:
         yield from self._synchronous(computation, instruction, started, moved)
 
@@ -163,29 +163,26 @@ class _Reader:
                 self.block(self.module.computations[name]))
 
   def _asynchronous(self, computation: Computation, instruction: Instruction,
-                    started: dict[str, str], moved: collections.Counter) -> Iterator[Node]:
+                    started: dict[str, str]) -> Iterator[Node]:
     """Yields the nodes of a start, an update or a done.
 
-    A start without operands only prepares: the update that brings the operands begins.
+    A start without operands (of the sparse cores) only prepares: the update that brings the
+    operands begins.
     """
-    if instruction.opcode.endswith('-start'):
-      begins = instruction
-    else:
-      handle = computation.by_name[instruction.operands[0]]
-      if instruction.opcode.endswith('-done'):
-        yield Done(started.get(handle.name, handle.name))
-        return
-      started[instruction.name] = started.get(handle.name, handle.name)
-      begins = handle if handle.opcode.endswith('-start') and not handle.operands else None
-      moved = begins and traffic(self.module, computation, begins)
-    if begins is None or (begins is instruction and instruction.opcode == 'async-start'
-                          and not instruction.operands):
+    begins = instruction
+    if not instruction.opcode.endswith('-start'):
+      begins = computation.by_name[instruction.operands[0]]
+      started[instruction.name] = started.get(begins.name, begins.name)
+    if instruction.opcode.endswith('-done'):
+      yield Done(started[instruction.name])
       return
+    if bool(begins.operands) != (begins is instruction):
+      return  # not yet, or already in its start
     found = find_collectives(self.module, computation, begins, self.axis_sizes)
-    for collective, _ in found:
-      yield Start(collective, moved[hlo.HBM])
-    if not found:
-      yield Start(Copy(begins.name), moved[hlo.HBM])
+    transfers = [collective for collective, _ in found] or [Copy(begins.name)]
+    hbm_bytes = traffic(self.module, computation, begins)[hlo.HBM]
+    for transfer in transfers:
+      yield Start(transfer, hbm_bytes / len(transfers))
 
   def _synchronous(self, computation: Computation, instruction: Instruction,
                    started: dict[str, str], moved: collections.Counter) -> Iterator[Node]:
@@ -198,7 +195,7 @@ class _Reader:
     own = [collective for collective, chain in found if chain not in started]
     targets = {inner.target for _, inner in self.module.inside(instruction)} if found else set()
     for collective in own:
-      yield Start(collective, moved[hlo.HBM])
+      yield Start(collective, moved[hlo.HBM] / len(own))
     work = Work(instruction.name, instruction.source,
                 flops(self.module, computation, instruction), 0.0 if own else moved[hlo.HBM])
     if work.flops or work.hbm_bytes:

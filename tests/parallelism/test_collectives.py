@@ -290,5 +290,5 @@ def test_a_step_over_two_axes(topology):
   np.testing.assert_allclose(sent['all-reduce', ('data',)], 4 * PARAMETERS / 4, rtol=0.01)
   scatters = sum(sent.get((kind, ('fsdp',)), 0)
                  for kind in ('reduce-scatter', 'collective-permute'))
-  # The compiler pads shards to whole tiles and passes on what it has padded.
-  assert 4 * share <= scatters < 1.3 * 4 * share
+  # Larger shards come in padded pieces (an excess of 2% at D=2048 over 64 v5p); these do not.
+  np.testing.assert_allclose(scatters, 4 * share, rtol=0.01)

@@ -126,6 +126,24 @@ def test_other_texts_are_refused(text, message):
     hlo.parse(text)
 
 
+def test_the_text_is_there_where_the_executable_cannot_give_it():
+  mesh = compile_only_mesh('tpu7x:2x2x1', MeshConfig(data=1, fsdp=8))
+  lowered = manual(mesh, lambda x_BD: jax.lax.psum(x_BD * 2, 'fsdp'), (P('fsdp'),), P(),
+                   [((8 * 1024, 1024), jnp.bfloat16)])
+  compiled, text = hlo.compile_to_text(lowered)
+  assert compiled.memory_analysis().argument_size_in_bytes == 1024 * 1024 * 2
+  opcodes = [instruction.opcode for instruction in hlo.parse(text).entry.instructions]
+  assert opcodes.count('all-reduce') + opcodes.count('async-start') == 1  # the sparse cores do it
+
+
+def test_a_missing_dump_is_an_error():
+  class Silent:
+    def compile(self, compiler_options):
+      assert compiler_options['xla_tpu_scoped_vmem_limit_kib'] == 1024
+  with pytest.raises(ValueError, match='wrote 0 dumps'):
+    hlo.compile_to_text(Silent(), {'xla_tpu_scoped_vmem_limit_kib': 1024})
+
+
 def test_slices_and_updates_inside_a_fusion_count_by_their_size():
   text = """HloModule m, is_scheduled=true
 %fused (big: f32[64,128], i: s32[], stack: f32[64,128], whole: f32[2,128]) -> (f32[64,128]) {
