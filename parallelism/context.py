@@ -312,10 +312,11 @@ def _check_heads(n_heads: int, n_devices: int) -> None:
   """Raises ValueError where query heads do not divide over the devices."""
   if n_heads % n_devices:
     fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-    nearest = [*[n for n in fitting if n < n_devices][-1:], *[n for n in fitting if n > n_devices][:1]]
+    below, above = [n for n in fitting if n < n_devices], [n for n in fitting if n > n_devices]
     raise ValueError(
         f'{n_heads} query heads do not divide over {n_devices} context devices; '
-        f'{" or ".join(map(str, nearest))} would do, as would the ring, which splits no heads')
+        f'{" or ".join(map(str, below[-1:] + above[:1]))} would do, as would the ring, which '
+        'splits no heads')
 
 
 def all_to_all(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:
