@@ -25,6 +25,7 @@ TINY = Case(L=L, M=L)
 ROWS, STATISTICS = P(None, 'context'), P(None, None, 'context')
 # Every feature with every number of devices at least once; chunks have 64 / 2C tokens.
 RING = {
+    'one device': (1, TINY),
     'causal, 2 devices': (2, TINY),
     'causal, 8 devices, segments': (8, dataclasses.replace(TINY, segments=True)),
     'window in a chunk, 2 devices': (2, dataclasses.replace(TINY, mask=Mask(window=5), alibi=True)),
