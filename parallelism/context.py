@@ -293,8 +293,8 @@ def ring(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:
   It takes queries [B, l, H, E], keys and values [B, l, K, E] of the device's l = L / C tokens and
   options as `attend` does: scale, mask, segment_ids_BL [B, l], softcap, alibi_slopes_H. The mask
   is that of the whole row. Without a window every device attends for as many pairs of tokens as
-  the others at every step. With one, pairs of chunks outside it run nothing, keys are not sent where
-  no device sees any, and only devices with the start of the row have less to do.
+  the others at every step. With one, pairs of chunks outside it run nothing, keys are not sent
+  where no device sees any, and only devices with the start of the row have less to do.
 
   Raises:
     ValueError: mask, lengths or the axis are not such as the ring takes.
