@@ -292,8 +292,9 @@ def ring(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:
 
   It takes queries [B, l, H, E], keys and values [B, l, K, E] of the device's l = L / C tokens and
   options as `attend` does: scale, mask, segment_ids_BL [B, l], softcap, alibi_slopes_H. The mask
-  is that of the whole row. Every device runs `attend` for as many pairs of tokens as the others;
-  of a window, pairs of chunks outside it run nothing and are not sent where no device has any.
+  is that of the whole row. Without a window every device attends for as many pairs of tokens as
+  the others at every step. With one, pairs of chunks outside it run nothing, keys are not sent
+  where no device sees any, and only devices with the start of the row have less to do.
 
   Raises:
     ValueError: mask, lengths or the axis are not such as the ring takes.
@@ -312,10 +313,11 @@ def check_heads(n_heads: int, n_devices: int) -> None:
   """Raises ValueError where query heads do not divide over the devices."""
   if n_heads % n_devices:
     fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-    nearest = [*[n for n in fitting if n < n_devices][-1:], *[n for n in fitting if n > n_devices][:1]]
+    below, above = [n for n in fitting if n < n_devices], [n for n in fitting if n > n_devices]
     raise ValueError(
         f'{n_heads} query heads do not divide over {n_devices} context devices; '
-        f'{" or ".join(map(str, nearest))} would do, as would the ring, which splits no heads')
+        f'{" or ".join(map(str, below[-1:] + above[:1]))} would do, as would the ring, which '
+        'splits no heads')
 
 
 def all_to_all(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:

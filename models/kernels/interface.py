@@ -77,8 +77,9 @@ class Attention(Protocol):
   Takes queries [B, L, H, E], keys and values [B, M, K, E] with H a multiple of K, all of
   one dtype, float32 or bfloat16. Segments are int32 [B, L] and [B, M]: a query sees keys of
   its own segment, segment 0 is padding; `key_segment_ids_BM` None means those of the
-  queries, both None means one segment. Softcap 0 means none. Slopes are ALiBi's: a logit
-  falls by slope * distance. Dots accumulate in float32, the softmax is in float32.
+  queries, both None means one segment. Softcap 0 means none. Slopes, maybe traced, are
+  ALiBi's: a logit falls by slope * distance. Dots accumulate in float32, the softmax is in
+  float32.
   """
 
   def __call__(

@@ -20,6 +20,8 @@ from parallelism.topologies import compile_only_mesh
 pytest.importorskip('libtpu')  # it exists for Linux on x86-64 only
 
 TOKENS, H, K, E = 1024, 8, 4, 128  # of a device
+START, DONE = 'collective-permute-start', 'collective-permute-done'
+KERNEL = 'tpu_custom_call'
 ROWS, STATISTICS = P('data', 'context'), P('data', None, 'context')
 
 
@@ -54,15 +56,12 @@ def _compiled(make, n_devices, window=0, features=False):
   return jax.jit(mapped).lower(q, k, k, q, g_lse, segments).compile(IN_HBM)
 
 
-def _computations(text, names=r'collective-permute-start|collective-permute-done|conditional|'
-                              r'all-to-all|tpu_custom_call'):
-  """Returns, of each computation of a scheduled program, what is in it in the order of the run."""
-  return [re.findall(rf' ({names})(?:\(|")|custom_call_target="({names})"', part)
-          for part in re.split(r'\n\}\n', text)]
-
-
-def _order(text):
-  return [[first or second for first, second in part] for part in _computations(text)]
+def _order(compiled):
+  """Returns sends, receipts and kernels of each computation in the order of the program's run."""
+  text = compiled.as_text()
+  assert 'is_scheduled=true' in text
+  names = rf'(?:{START}|{DONE}|all-to-all|conditional)(?=\()|{KERNEL}'
+  return [re.findall(names, part) for part in re.split(r'\n\}\n', text)]
 
 
 def _temporary(make, n_devices):
@@ -70,22 +69,17 @@ def _temporary(make, n_devices):
 
 
 def test_a_ring_compiles_and_attends_while_keys_and_gradients_travel():
-  text = _compiled(context.ring, 8).as_text()
-  assert 'is_scheduled=true' in text
-  loops = [part for part in _order(text) if 'collective-permute-start' in part][:-1]
-  sends, kernels = ({part.count(name) for part in loops} for name in (
-      'collective-permute-start', 'tpu_custom_call'))
-  assert (sends, kernels) == ({2, 4}, {2, 6})  # forward; backward with gradients, forward again
+  parts = [part for part in _order(_compiled(context.ring, 8)) if START in part]
+  *loops, _ = parts  # the last is what surrounds them
+  assert [(part.count(START), part.count(KERNEL)) for part in loops] == [
+      (2, 2), (4, 6)]  # forward; backward with gradients, where forward runs again
   for part in loops:
-    n = part.count('collective-permute-start')
-    assert part[:n] == ['collective-permute-start'] * n
-    assert part[-n:] == ['collective-permute-done'] * n
-  assert 'conditional' not in text
+    n = part.count(START)
+    assert part[:n] == [START] * n and part[-n:] == [DONE] * n
+  assert not any('conditional' in part for part in parts)
 
 
 def test_memory_of_a_ring_is_the_same_for_any_number_of_devices():
-  # With two devices there is no loop, and no second copy of what it carries.
-  assert _temporary(context.ring, 2) < _temporary(context.ring, 4)
   assert _temporary(context.ring, 8) == pytest.approx(_temporary(context.ring, 4), rel=0.01)
 
 
@@ -96,14 +90,13 @@ def test_autodiff_through_a_ring_keeps_all_that_arrives():
 
 
 def test_a_ring_with_window_segments_and_slopes_compiles():
-  text = _compiled(context.ring, 8, 1000, True).as_text()
-  assert ' conditional(' in text and 'collective-permute-start' in text
+  found = sum(_order(_compiled(context.ring, 8, 1000, True)), [])
+  assert 'conditional' in found and START in found and KERNEL in found
 
 
-def test_all_to_all_compiles_in_memory_that_is_the_same_for_any_number_of_devices():
-  texts = _order(_compiled(context.all_to_all, 4).as_text())
-  found = [name for part in texts for name in part]
+def test_all_to_all_compiles_in_about_the_same_memory_for_any_number_of_devices():
+  found = sum(_order(_compiled(context.all_to_all, 4)), [])
   # Queries, keys, values, output, statistics; backward the same, transposed.
-  assert (found.count('all-to-all'), found.count('tpu_custom_call')) == (10, 3)
+  assert (found.count('all-to-all'), found.count(KERNEL)) == (10, 3)
   assert _temporary(context.all_to_all, 4) == pytest.approx(
-      _temporary(context.all_to_all, 2), rel=0.25)
+      _temporary(context.all_to_all, 2), rel=0.1)
