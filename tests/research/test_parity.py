@@ -26,6 +26,7 @@ MESHES = {
     'fsdp 8': MeshConfig(data=1, fsdp=8),
     'tensor 8': MeshConfig(data=1, tensor=8),
     'data 2 fsdp 2 tensor 2': MeshConfig(data=2, fsdp=2, tensor=2),
+    'fsdp 2 expert 2 tensor 2': MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
 }
 MODEL = ModelConfig(
     vocab_size=96, context_length=32, n_layers=2, d_model=64, n_heads=16, n_kv_heads=8, d_head=8,
@@ -54,8 +55,8 @@ SPECS = {
     'blocks.mlp.gate': P(None, 'fsdp', 'tensor'),
     'blocks.mlp.down': P(None, 'tensor', 'fsdp'),
 }
-CASES = [('dense', mesh) for mesh in MESHES] + [
-    (model, 'data 2 fsdp 2 tensor 2') for model in MODELS if model != 'dense']
+CASES = [('dense', mesh) for mesh in MESHES if 'expert' not in mesh] + [
+    ('parallel layernorm', 'data 2 fsdp 2 tensor 2'), ('experts', 'fsdp 2 expert 2 tensor 2')]
 
 
 def config_for(model: ModelConfig, optimizer: OptimizerConfig, mesh: MeshConfig):
