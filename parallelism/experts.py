@@ -1,13 +1,13 @@
 """Experts spread over devices: token rows travel to the devices that own their experts, and back.
 
-To be called inside a `shard_map` that binds the axes of the group. The P devices of a group, counted
-row-major over the axes, own X / P consecutive experts each and hold tokens of their own. The loss is
-the sum over all devices, so an expert's gradient is complete at its owner. An expert id of X means
-no expert.
+To be called inside a `shard_map` that binds the axes of the group. The P devices of a group,
+counted row-major over the axes, own X / P consecutive experts each and hold tokens of their own.
+The loss is the sum over all devices, so an expert's gradient is complete at its owner. An expert
+id of X means no expert.
 
-Without dropping, rows travel in rounds of a fixed number of rows per pair of devices, as many as the
-fullest pair of the group needs: one where loads are balanced, P / factor where all tokens choose
-one expert. Memory does not depend on the loads.
+Without dropping, rows travel in rounds of a fixed number of rows per pair of devices, as many as
+the fullest pair of the group needs: one where loads are balanced, P / factor where all tokens
+choose one expert. Memory does not depend on the loads; groups need not agree with each other.
 """
 
 import math
@@ -128,9 +128,10 @@ def _at(rows: jax.Array, index: jax.Array) -> jax.Array:
 def dropless(run: Callable, axes: Axes, factor: float) -> Callable:
   """Returns dispatch(x_TD, expert_TR, weight_TR, experts, activation) -> (out_TD, 0, rounds).
 
-  `run(rows_ND, weight_N, sizes_X, experts, activation)` returns the weighted outputs [N, D] of rows
-  sorted by expert, the first sum(sizes_X) of which count. `experts` is a tree whose leaves lead with
-  this device's experts; expert ids are global. out_TD, in the dtype of x, is each token's sum.
+  `run(rows_ND, weight_N, sizes_X, experts, activation)` returns the weighted outputs [N, D] of
+  rows sorted by expert, the first sum(sizes_X) of which count. `experts` is a tree whose leaves
+  lead with this device's experts; expert ids are global. out_TD, in the dtype of x, is each
+  token's sum.
 
   Backward keeps the inputs alone and repeats the rounds: the received rows would take as many
   buffers as there are rounds, which nothing bounds but the worst case.

@@ -116,7 +116,6 @@ def test_shares_of_tokens_in_parts_add_up_to_the_whole():
 def capacity_loop(config, x_TD, expert_TR, weight_TR, matrices):
   """Returns outputs and the number dropped: first choices first, then earlier tokens first."""
   n_slots = int(np.ceil(config.capacity_factor * T * R / X))
-  silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
   out_TD, taken_X, n_dropped = np.zeros((T, D)), np.zeros(X, int), 0
   gate_XDF, up_XDF, down_XFD = (np.asarray(w, np.float64) for w in matrices)
   for r in range(R):
@@ -128,7 +127,8 @@ def capacity_loop(config, x_TD, expert_TR, weight_TR, matrices):
         n_dropped += 1
         continue
       taken_X[e] += 1
-      hidden = silu(x_TD[t] @ gate_XDF[e]) * (x_TD[t] @ up_XDF[e])
+      gate = x_TD[t] @ gate_XDF[e]
+      hidden = gate / (1 + np.exp(-gate)) * (x_TD[t] @ up_XDF[e])
       out_TD[t] += weight_TR[t, r] * (hidden @ down_XFD[e])
   return out_TD, n_dropped
 

@@ -37,6 +37,8 @@ GROUPS = {
 FACTOR = 0.6
 TOLERANCE = 1e-5
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def problem(seed=0):
   """Returns tokens, choices, weights, experts and a cotangent of the outputs."""
