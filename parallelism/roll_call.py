@@ -159,12 +159,12 @@ class Roll:
 
   def _cause(self) -> str:
     """Returns one sentence on what ended the run: deaths before failures, which may follow them."""
-    again = 'to resume from the last checkpoint, start all processes again with the same command'
+    again = 'start all processes again with the same command to resume from the last checkpoint'
     if self._deaths:
       return (f'{self._name(self._deaths)} ended without a word (killed, out of memory or crashed: '
               f'see its own output); {again}')
     process, sentence = next(iter(self._failures.items()))
-    return f'{self._name([process])} failed: {sentence}; when that is mended, {again}'
+    return f'{self._name([process])} failed: {sentence}; {again}'
 
   def _name(self, processes: list[int]) -> str:
     who = ', '.join(f'{process} ({self._hosts[process]})' for process in processes)
