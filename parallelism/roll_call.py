@@ -51,7 +51,7 @@ class Line:
     """Sends one object; a line whose other end is gone takes it nowhere."""
     try:
       self.socket.sendall(json.dumps(message).encode() + b'\n')
-    except (BrokenPipeError, ConnectionResetError):
+    except OSError:
       pass  # Reading from it says so too, and it is the reader who acts on it.
 
   def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
@@ -159,12 +159,12 @@ class Roll:
 
   def _cause(self) -> str:
     """Returns one sentence on what ended the run: deaths before failures, which may follow them."""
-    again = 'to resume from the last checkpoint, start all processes again with the same command'
+    again = 'start all processes again with the same command to resume from the last checkpoint'
     if self._deaths:
       return (f'{self._name(self._deaths)} ended without a word (killed, out of memory or crashed: '
               f'see its own output); {again}')
     process, sentence = next(iter(self._failures.items()))
-    return f'{self._name([process])} failed: {sentence}; when that is mended, {again}'
+    return f'{self._name([process])} failed: {sentence}; {again}'
 
   def _name(self, processes: list[int]) -> str:
     who = ', '.join(f'{process} ({self._hosts[process]})' for process in processes)
@@ -266,8 +266,8 @@ def _listen(port: int) -> socket.socket:
 def _missing(place: Place, hosts: dict[int, str], seconds: float) -> str:
   absent = [str(process) for process in range(place.n_processes) if process not in hosts]
   present = ', '.join(f'{process} ({hosts[process]})' for process in sorted(hosts))
-  return (f'process{"es" if len(absent) > 1 else ""} {", ".join(absent)} of {place.n_processes} did '
-          f'not call within {seconds:g} s (hosts.startup_seconds), here are {present}; start the '
+  return (f'process{"es" if len(absent) > 1 else ""} {", ".join(absent)} of {place.n_processes} '
+          f'did not call within {seconds:g} s (hosts.startup_seconds), here are {present}; start the '
           f'missing with the same command, see that they reach {place.address}, and start these '
           'again')
 

@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from parallelism.mesh import AXES, MeshConfig, axis_sizes, make_mesh
 from parallelism.topologies import compile_only_mesh
@@ -85,11 +86,31 @@ def test_only_data_and_stage_lie_between_slices(name, n_slices, sizes):
   assert between == {math.gcd(mesh.shape['data'], n_slices)}
 
 
+def test_the_compiler_sends_data_over_the_slow_network_and_the_rest_inside_a_slice():
+  pytest.importorskip('libtpu')
+  mesh = compile_only_mesh('v5e:2x4', MeshConfig(fsdp=8), 2)
+
+  def local(x_BD):
+    return jax.lax.psum(x_BD, 'data'), jax.lax.all_gather(x_BD, 'fsdp', tiled=True)
+
+  step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(('data', 'fsdp')),
+                               out_specs=(PartitionSpec('fsdp'), PartitionSpec('data')),
+                               check_vma=False))
+  where = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  x_BD = jax.ShapeDtypeStruct((1024, 128), np.float32, sharding=where)
+  program = step.lower(x_BD).compile().as_text().splitlines()
+  (sent,) = [line for line in program if ' send(' in line]
+  assert 'xla_megascale_runtime' in sent and 'psum' in sent
+  (gathered,) = [line for line in program if ' all-gather(' in line]
+  assert 'replica_groups={{0,1,2,3,4,5,6,7}}' in gathered  # the eight chips of either slice
+  assert not any(' all-reduce(' in line for line in program)
+
+
 def test_slices_that_other_axes_would_leave_are_refused():
   pytest.importorskip('libtpu')
   with pytest.raises(ValueError, match='the nearest that fits is mesh.fsdp=8$'):
     compile_only_mesh('v5e:2x4', MeshConfig(fsdp=16), 2)
-  with pytest.raises(ValueError, match='uses 8 of 16 devices.*the nearest that fits is mesh.data=4'):
+  with pytest.raises(ValueError, match='uses 8 of 16 devices.*nearest that fits is mesh.data=4'):
     compile_only_mesh('v5e:2x4', MeshConfig(data=2, fsdp=4), 2)
 
 
@@ -122,7 +143,7 @@ def test_axes_that_fill_dimensions_of_the_torus_get_whole_ones(name, sizes, whol
     ('v6e:16x16', dict(fsdp=32, tensor=8)),
 ])
 def test_axes_that_fill_no_dimension_get_neighbors(name, sizes):
-  """Tensor groups are boxes of neighboring chips: as wide in every dimension as they have places."""
+  """Tensor groups are boxes of neighboring chips, without gaps in any dimension."""
   pytest.importorskip('libtpu')
   mesh = compile_only_mesh(name, MeshConfig(**sizes))
   assert len(set(mesh.devices.flat)) == mesh.size

@@ -92,7 +92,7 @@ def test_a_process_that_fails_keeps_its_own_error_and_the_others_say_it(culprit)
   assert ended.pop(culprit) == (3, 'all here\n', '')
   for code, _, errors in ended:
     assert code == EXIT_CODE
-    assert errors.startswith(f'error: process {culprit} ({HOST}) of 3 failed: out of luck; when')
+    assert errors.startswith(f'error: process {culprit} ({HOST}) of 3 failed: out of luck; start')
 
 
 def test_missing_processes_are_named_by_all_that_came():
