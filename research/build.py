@@ -111,16 +111,30 @@ class Build:
     return _trimmed(self.in_mesh(self.jitted_step()))
 
   def total_up(self):
-    """Returns f(params, batch, key data, n_tokens) -> (loss, metric sums, gradients)."""
+    """Returns f(params, batch, key data, n_tokens) -> Totals of the whole batch."""
+    if self.mesh.shape[STAGE] == 1:
+      totals_and_nothing = self._over_devices(_accumulated(self), ())
+      return lambda *arguments: totals_and_nothing(*arguments)[0]
+    pipelined_totals = self.pipelined_totals()
+    return lambda *arguments: pipelined_totals(*arguments)[0]
+
+  def pipelined_totals(self):
+    """Returns f(params, batch, key data, n_tokens) -> Totals, and what ran on each stage.
+
+    What ran are the forwards and backwards of each tick, int32 [ticks, stages, 2].
+    """
+    return self._over_devices(_pipelined(self), sharding.PartitionSpec(None, STAGE))
+
+  def _over_devices(self, on_device, more):
+    """Returns on_device(params, batch, key data, n_tokens) -> (Totals, more) over all devices."""
     parameters, rows = specs(self.names), sharding.partition_spec(BATCH_NAMES)
     whole = sharding.partition_spec(())
-    on_device = _pipelined(self) if self.mesh.shape[STAGE] > 1 else _accumulated(self)
     total_up = over_devices(self.mesh, on_device, (parameters, rows, whole, whole),
-                            step_lib.Totals(whole, whole, parameters))
+                            (step_lib.Totals(whole, whole, parameters), more))
     if not self.config.model.dropout:
       return total_up
-    return lambda params, batch, *more: total_up(
-        params, {**batch, 'token_ids': self._token_ids()}, *more)
+    return lambda params, batch, *rest: total_up(
+        params, {**batch, 'token_ids': self._token_ids()}, *rest)
 
   def _token_ids(self) -> jax.Array:
     """Returns a number per token of a batch, int32 [B, L], whatever the mesh."""
@@ -261,7 +275,8 @@ def _accumulated(built: Build):
 
   def on_device(params, batch, key_data, n_tokens):
     totals = totals_of(params, batch, jax.random.wrap_key_data(key_data), n_tokens)
-    return step_lib.Totals(*storage.total(totals[:2]), storage.summed(totals.gradients, names))
+    gradients = storage.summed(totals.gradients, names)
+    return step_lib.Totals(*storage.total(totals[:2]), gradients), ()
   return on_device
 
 
@@ -285,7 +300,7 @@ def _pipelined(built: Build):
     ends = storage.to_ends({name: params[name] for name in step_lib.ENDS}, end_names)
     if not by_layer:
       blocks, ends = whole(blocks, names['blocks']), whole(ends, end_names)
-    totals, _ = run(blocks, ends, batch, jax.random.wrap_key_data(key_data), n_tokens)
+    totals, ran = run(blocks, ends, batch, jax.random.wrap_key_data(key_data), n_tokens)
     d_blocks = totals.gradients.pop('blocks')
     d_ends = totals.gradients
     if not by_layer:
@@ -293,7 +308,8 @@ def _pipelined(built: Build):
       d_blocks, d_ends = scattered(d_blocks, names['blocks']), scattered(d_ends, end_names)
     gradients = {**storage.from_ends(d_ends, end_names),
                  'blocks': storage.from_stages(d_blocks, names['blocks'], order_SN)}
-    return step_lib.Totals(*storage.total(totals[:2]), storage.summed(gradients, names))
+    gradients = storage.summed(gradients, names)
+    return step_lib.Totals(*storage.total(totals[:2]), gradients), ran[:, None]
   return on_device
 
 

@@ -12,7 +12,6 @@ from models.attention import configured_attention
 from models.config import ModelConfig
 from models.kernels.interface import Attended
 from models.loss import cross_entropy
-from parallelism import sharding
 from research.build import Build
 from research.training.step import make_loss, split_microbatches
 
@@ -42,8 +41,8 @@ def _own_values(q_BLHE, k_BMKE, v_BMKE, **options) -> Attended:
 
 def _built_with(built: Build, model: ModelConfig, attend=None, n_micro: int | None = None) -> Build:
   """Returns the build with another model of the same parameters, or another cut of the batch."""
-  seams = transformer.Seams(constrain=sharding.constrain(built.mesh), attend=attend)
-  return dataclasses.replace(built, graphdef=transformer.build(model, seams),
+  graphdef = transformer.build(model, transformer.Seams(attend=attend))
+  return dataclasses.replace(built, graphdef=graphdef, device_graphdef=graphdef,
                              n_micro=n_micro or built.n_micro)
 
 
