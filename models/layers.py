@@ -154,6 +154,8 @@ def exact_gelu(x: jax.Array) -> jax.Array:
   return jax.nn.gelu(x, approximate=False)
 
 
+TABLE_AXES = (axes.VOCAB, axes.EMBED_ACT)  # of an embedding where it is used
+
 GATED = {'swiglu': jax.nn.silu, 'geglu': tanh_gelu}
 PLAIN = {'gelu': exact_gelu, 'gelu_tanh': tanh_gelu}
 
@@ -261,6 +263,16 @@ class AttentionProjections(nnx.Module):
     return out_BlD
 
 
+def _rows(table_VD: jax.Array, tokens_BL: jax.Array, spread: Spread) -> jax.Array:
+  """Returns rows of a table [B, L, D], zero for tokens that another device holds."""
+  if spread.size == 1:
+    return table_VD[tokens_BL]
+  V = table_VD.shape[0]
+  rows_BL = tokens_BL - spread.rank() * V
+  held_BL = (rows_BL >= 0) & (rows_BL < V)
+  return jnp.where(held_BL[..., None], table_VD[jnp.clip(rows_BL, 0, V - 1)], 0)
+
+
 class Embedding(nnx.Module):
   """Token embedding [V, D], learned positions, and the output embedding when free."""
 
@@ -280,25 +292,17 @@ class Embedding(nnx.Module):
     self.dtype = np.dtype(jnp.dtype(config.compute_dtype))
 
   def __call__(
-    self, tokens_BL: jax.Array, positions: jax.Array, spread: Spread = Spread()
+    self, tokens_BL: jax.Array, positions: jax.Array, constrain: Constrain,
+    spread: Spread = Spread(),
   ) -> jax.Array:
     """Returns embedded tokens [B, l, D]; positions are [L] or [B, L]."""
-    x_BlD = spread.summed(self._rows(tokens_BL, spread))
+    table_VD = constrain(self.tokens[...].astype(self.dtype), TABLE_AXES)
+    x_BlD = spread.summed(_rows(table_VD, tokens_BL, spread))
     if self.factor != 1.0:
       x_BlD *= jnp.asarray(self.factor, self.dtype)
     if self.learned_positions:
       x_BlD += self.positions[...].astype(self.dtype)[spread.own(positions)]
     return x_BlD
-
-  def _rows(self, tokens_BL: jax.Array, spread: Spread) -> jax.Array:
-    """Returns rows of the table [B, L, D], zero for tokens that another device holds."""
-    table_VD = self.tokens[...].astype(self.dtype)
-    if spread.size == 1:
-      return table_VD[tokens_BL]
-    V = table_VD.shape[0]
-    rows_BL = tokens_BL - spread.rank() * V
-    held_BL = (rows_BL >= 0) & (rows_BL < V)
-    return jnp.where(held_BL[..., None], table_VD[jnp.clip(rows_BL, 0, V - 1)], 0)
 
   def unembedding_VD(self) -> jax.Array:
     """Returns the output embedding, float32 [V, D]."""

@@ -24,7 +24,9 @@ from models.config import ModelConfig
 from models.dispatch import ExpertDispatch
 from models.kernels.decoding import Cache, DecodeAttention
 from models.kernels.interface import Attention, Mask, softcapped
-from models.layers import MLP, AttentionProjections, Constrain, Embedding, model_norm
+from models.layers import (
+  MLP, TABLE_AXES, AttentionProjections, Constrain, Embedding, model_norm,
+)
 from models.moe import AuxLosses, MoE, Total, own_tokens
 from models.positions import alibi_slopes, rope_tables, rotate
 from models.spread import Spread
@@ -241,11 +243,12 @@ class Transformer(nnx.Module):
     self, tokens_BL: jax.Array, positions: jax.Array, dropout: Optional[Dropout] = None
   ) -> jax.Array:
     """Returns what enters the first block, [B, l, D]; positions are [L] or [B, L]."""
-    x_BlD = self.embedding(tokens_BL, positions, self.seams.spread)
-    x_BlD = self.seams.constrain(x_BlD, HIDDEN_AXES)
+    constrain, spread = self.seams.constrain, self.seams.spread
+    x_BlD = self.embedding(tokens_BL, positions, constrain, spread)
+    x_BlD = constrain(x_BlD, HIDDEN_AXES)
     if dropout is None:
       return x_BlD
-    token_ids_Bl = self.seams.spread.own(dropout.token_ids_BL)
+    token_ids_Bl = spread.own(dropout.token_ids_BL)
     return dropped(x_BlD, self.config.dropout, dropout.embedding_key, token_ids_Bl)
 
   def through_blocks(
@@ -373,9 +376,9 @@ class Transformer(nnx.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., D], soft-capped if configured."""
+    table_VD = self.seams.constrain(self.unembedding_VD(), TABLE_AXES).astype(hidden.dtype)
     logits = jnp.einsum(
-      '...d,vd->...v', hidden, self.unembedding_VD().astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
+      '...d,vd->...v', hidden, table_VD, preferred_element_type=jnp.float32
     )
     names = (axes.BATCH, axes.LENGTH, axes.VOCAB_ACT)[-hidden.ndim :]
     return softcapped(self.seams.constrain(logits, names), self.config.final_softcap)

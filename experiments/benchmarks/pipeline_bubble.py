@@ -37,7 +37,7 @@ ROUNDS = flags.DEFINE_integer('rounds', 9, 'timings of a forward and of a backwa
 JSON = flags.DEFINE_string('json', '', 'file for the same as JSON')
 
 LENGTH, ROWS = 128, 2  # of a micro-batch
-LAYERS_PER_STAGE = 4
+LAYERS_PER_STAGE = 2
 MODEL = ModelConfig(vocab_size=256, context_length=LENGTH, d_model=128, d_ff=512, n_heads=4,
                     n_kv_heads=4, d_head=32)
 
@@ -118,9 +118,10 @@ def main() -> None:
     for per_stage in command_line.positive_numbers(PER_STAGE):
       for pipeline, C in (('gpipe', 1), ('1f1b', 1), ('interleaved', 2)):
         records.append(record(pipeline, S, per_stage * S, C, forward, backward))
-  print(table([list(records[0]), *([
-      f'{value:.3f}' if isinstance(value, float) else str(value) for value in row.values()]
-      for row in records)]))
+        print(f'{len(records)}: {pipeline}, {S} stages, {per_stage * S} micro-batches', flush=True)
+  print(table(list(records[0]), [
+      [f'{value:.3f}' if isinstance(value, float) else str(value) for value in row.values()]
+      for row in records]))
   if JSON.value:
     with open(JSON.value, 'w', encoding='utf-8') as file:
       json.dump({'forward': forward, 'backward': backward, 'rows': records}, file, indent=2)
