@@ -5,13 +5,16 @@ nothing, takes no slot and adds nothing to the token's sum.
 """
 
 import fractions
+import functools
 import math
 from typing import Callable, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from models.attention import hardware
 from models.config import MoEConfig
+from models.kernels.grouped import PRODUCTS, Product, ragged_dot
 
 
 class Experts(NamedTuple):
@@ -73,30 +76,23 @@ def inverse(order_N: jax.Array) -> jax.Array:
   return jnp.argsort(order_N)
 
 
-def ragged_product(x_ND: jax.Array, weight_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
-  """Returns each block of rows times its matrix [N, F]; rows beyond the blocks are zero.
-
-  JAX leaves open what its ragged product holds there.
-  """
-  in_block_N1 = (jnp.arange(x_ND.shape[0]) < jnp.sum(sizes_X))[:, None]
-  return jnp.where(in_block_N1, jax.lax.ragged_dot(x_ND, weight_XDF, sizes_X), 0)
-
-
 def ragged_experts(
-  rows_ND: jax.Array, weight_N: jax.Array, sizes_X: jax.Array, experts: Experts, activation
+  rows_ND: jax.Array, weight_N: jax.Array, sizes_X: jax.Array, experts: Experts, activation,
+  product: Product = ragged_dot,
 ) -> jax.Array:
   """Returns weighted outputs [N, D] of rows sorted by expert, `sizes_X` rows each.
 
   The weight multiplies the hidden units: its gradient then needs no output kept or recomputed.
   """
-  gate_NF = ragged_product(rows_ND, experts.gate_XDF, sizes_X)
-  up_NF = ragged_product(rows_ND, experts.up_XDF, sizes_X)
+  gate_NF = product(rows_ND, experts.gate_XDF, sizes_X)
+  up_NF = product(rows_ND, experts.up_XDF, sizes_X)
   hidden_NF = (activation(gate_NF) * up_NF * weight_N[:, None]).astype(rows_ND.dtype)
-  return ragged_product(hidden_NF, experts.down_XFD, sizes_X)
+  return product(hidden_NF, experts.down_XFD, sizes_X)
 
 
 def ragged_dispatch(
-  x_TD: jax.Array, expert_TR: jax.Array, weight_TR: jax.Array, experts: Experts, activation
+  x_TD: jax.Array, expert_TR: jax.Array, weight_TR: jax.Array, experts: Experts, activation,
+  product: Product = ragged_dot,
 ) -> Dispatched:
   """Returns the weighted sum of each token's experts [T, D]; no token is ever dropped.
 
@@ -108,7 +104,8 @@ def ragged_dispatch(
   source_A = jnp.where(jnp.arange(T * R) < jnp.sum(sizes_X), order_A // R, T)
   rank_A = inverse(order_A)
   rows_AD = gathered(x_TD, source_A, rank_A.reshape(T, R))
-  out_AD = ragged_experts(rows_AD, weight_TR.reshape(-1)[order_A], sizes_X, experts, activation)
+  weight_A = weight_TR.reshape(-1)[order_A]
+  out_AD = ragged_experts(rows_AD, weight_A, sizes_X, experts, activation, product)
   out_TRD = gathered(out_AD, rank_A, order_A[:, None]).reshape(T, R, -1)
   return Dispatched(jnp.sum(out_TRD, axis=1), jnp.float32(0), jnp.float32(0))
 
@@ -168,6 +165,34 @@ def capacity_dispatch(
   return dispatch
 
 
+def check_product(config: MoEConfig, hardware: str) -> None:
+  """Raises ValueError where the product that `config.product` names is for other devices."""
+  if config.product == 'megablox' and hardware != 'tpu':
+    raise ValueError(f'model.moe.product=megablox is for tpu devices, these are {hardware}; '
+                     "'auto' or 'ragged_dot' works")
+
+
+def choose_product(config: MoEConfig, hardware: str) -> tuple[str, str]:
+  """Returns the name of the product of dropless experts on a kind of hardware, and why.
+
+  The name is that of `config.product` unless it is 'auto'.
+  """
+  if config.product != 'auto':
+    return config.product, 'model.moe.product names it'
+  if hardware == 'tpu':
+    return 'megablox', "the devices are TPUs; XLA's product is dense over all experts on some"
+  if hardware == 'cpu':
+    return 'blocks', "plain XLA; XLA's own product is dense over all experts on CPU"
+  return 'ragged_dot', "XLA's own"
+
+
+def configured_product(config: MoEConfig) -> Product:
+  """Returns the product that a configuration names, 'auto' for the first device."""
+  return PRODUCTS[choose_product(config, hardware(jax.devices()[0]))[0]]
+
+
 def configured_dispatch(config: MoEConfig) -> ExpertDispatch:
   """Returns the dispatch that a configuration names, for experts all on one device."""
-  return capacity_dispatch(config) if config.capacity_factor else ragged_dispatch
+  if config.capacity_factor:
+    return capacity_dispatch(config)
+  return functools.partial(ragged_dispatch, product=configured_product(config))
