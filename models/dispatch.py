@@ -71,6 +71,46 @@ def _gathered_backward(used_SK, g_ND: jax.Array):
 gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def _rows(x_SD: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns rows that are known to exist: a gather with nothing to fill in after it."""
+  return jnp.asarray(x_SD).at[index].get(mode='promise_in_bounds')
+
+
+def _summed_choices(x_AD: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array) -> jax.Array:
+  """Returns each token's sum of its choices' rows, of which those not taken hold anything."""
+  rows_TRD = _rows(x_AD, rank_TR)
+  return jnp.sum(jnp.where(taken_TR[..., None], rows_TRD, 0), axis=1)
+
+
+@jax.custom_vjp
+def copied(x_TD: jax.Array, order_A: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array):
+  """Returns a copy of a token's row for each of its choices, [T * R, D], in an order of choices.
+
+  Choice t * R + r comes at place `rank_TR`; cotangents of choices that are not taken are
+  left out. Backward gathers, where autodiff would scatter; `merged` is its transpose.
+  """
+  return _rows(x_TD, order_A // rank_TR.shape[1])
+
+
+@jax.custom_vjp
+def merged(x_AD: jax.Array, order_A: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array):
+  """Returns each token's sum [T, D] over its choices that are taken; the transpose of `copied`.
+
+  Cotangents of other choices are left open: nothing reads them.
+  """
+  return _summed_choices(x_AD, rank_TR, taken_TR)
+
+
+copied.defvjp(
+  lambda x_TD, *where: (copied(x_TD, *where), where),
+  lambda where, g_AD: (_summed_choices(g_AD, *where[1:]), None, None, None),
+)
+merged.defvjp(
+  lambda x_AD, *where: (merged(x_AD, *where), where),
+  lambda where, g_TD: (_rows(g_TD, where[0] // where[1].shape[1]), None, None, None),
+)
+
+
 def inverse(order_N: jax.Array) -> jax.Array:
   """Returns the inverse of a permutation."""
   return jnp.argsort(order_N)
@@ -82,8 +122,10 @@ def ragged_experts(
 ) -> jax.Array:
   """Returns weighted outputs [N, D] of rows sorted by expert, `sizes_X` rows each.
 
-  The weight multiplies the hidden units: its gradient then needs no output kept or recomputed.
+  Rows beyond the blocks may hold anything, in the result and in its gradient. The weight
+  multiplies the hidden units: its gradient then needs no output kept or recomputed.
   """
+  weight_N = jnp.where(jnp.arange(weight_N.shape[0]) < jnp.sum(sizes_X), weight_N, 0)
   gate_NF = product(rows_ND, experts.gate_XDF, sizes_X)
   up_NF = product(rows_ND, experts.up_XDF, sizes_X)
   hidden_NF = (activation(gate_NF) * up_NF * weight_N[:, None]).astype(rows_ND.dtype)
@@ -98,16 +140,13 @@ def ragged_dispatch(
 
   Token copies are sorted by expert, so that each expert's rows are one ragged block.
   """
-  T, R = expert_TR.shape
+  n_experts = experts.gate_XDF.shape[0]
   order_A = jnp.argsort(expert_TR.reshape(-1), stable=True)
-  sizes_X = jnp.bincount(expert_TR.reshape(-1), length=experts.gate_XDF.shape[0])
-  source_A = jnp.where(jnp.arange(T * R) < jnp.sum(sizes_X), order_A // R, T)
-  rank_A = inverse(order_A)
-  rows_AD = gathered(x_TD, source_A, rank_A.reshape(T, R))
-  weight_A = weight_TR.reshape(-1)[order_A]
+  sizes_X = jnp.bincount(expert_TR.reshape(-1), length=n_experts)
+  where = (order_A, inverse(order_A).reshape(expert_TR.shape), expert_TR < n_experts)
+  rows_AD, weight_A = copied(x_TD, *where), weight_TR.reshape(-1)[order_A]
   out_AD = ragged_experts(rows_AD, weight_A, sizes_X, experts, activation, product)
-  out_TRD = gathered(out_AD, rank_A, order_A[:, None]).reshape(T, R, -1)
-  return Dispatched(jnp.sum(out_TRD, axis=1), jnp.float32(0), jnp.float32(0))
+  return Dispatched(merged(out_AD, *where), jnp.float32(0), jnp.float32(0))
 
 
 def capacity(config: MoEConfig, n_tokens: int) -> int:

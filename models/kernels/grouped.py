@@ -1,8 +1,9 @@
 """Owns grouped products: blocks of sorted rows, each times the matrix of its expert.
 
 A product takes rows [N, K] sorted by expert, matrices [X, K, F] and the number of rows of each
-expert, int32 [X]; it returns [N, F] in the dtype of the rows. Rows beyond the blocks are zero, in
-the result and in the gradient of the rows, whatever they hold.
+expert, int32 [X]; it returns [N, F] in the dtype of the rows. Rows beyond the blocks are left open:
+they may hold anything, in the operands, the result and the gradients, and reach no other row and
+no gradient of a matrix. Whoever reads rows masks them, which costs nothing in a sum that follows.
 """
 
 import functools
@@ -32,7 +33,7 @@ def _inside(x_NK: jax.Array, sizes_X: jax.Array) -> jax.Array:
 def ragged_dot(x_NK: jax.Array, weight_XKF: jax.Array, sizes_X: jax.Array) -> jax.Array:
   """Returns XLA's product, which is dense over all experts on CPU, TPU v5e and v6e.
 
-  JAX leaves open what rows beyond the blocks hold.
+  A dense product multiplies rows beyond the blocks by zero, which they have to be finite for.
   """
   rows_NK = _inside(x_NK, sizes_X)
   return _inside(jax.lax.ragged_dot(rows_NK, weight_XKF, sizes_X), sizes_X)
@@ -100,7 +101,7 @@ def _times(x_NK, weight_XKF, sizes_X, interpret: bool, transposed: bool = False)
   tile = tiling(x_NK.shape[0], k, f, n_experts, x_NK.dtype.itemsize, False)
   out_NF = gmm(_padded(x_NK, tile), weight_XKF, sizes_X, x_NK.dtype, tuple(tile),
                transpose_rhs=transposed, interpret=interpret)
-  return _inside(out_NF[: x_NK.shape[0]], sizes_X)
+  return out_NF[: x_NK.shape[0]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -177,7 +178,7 @@ def _product_by_blocks(x_NK, weight_XKF, sizes_X, transposed: bool) -> jax.Array
   def body(i, out_NF):
     now = visit(i)
     block_TK = jax.lax.dynamic_slice_in_dim(rows_NK, now.start, height)
-    matrix = weight_XKF[now.expert]
+    matrix = jax.lax.dynamic_index_in_dim(weight_XKF, now.expert, keepdims=False)
     out_TF = jax.lax.dot_general(block_TK, matrix, (((1,), (axis - 1,)), ((), ())))
     # What reaches beyond the expert's rows is zero until the next block overwrites it.
     return jax.lax.dynamic_update_slice_in_dim(
