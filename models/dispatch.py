@@ -113,7 +113,24 @@ merged.defvjp(
 
 def inverse(order_N: jax.Array) -> jax.Array:
   """Returns the inverse of a permutation."""
-  return jnp.argsort(order_N)
+  return jnp.argsort(order_N, stable=False)
+
+
+def counts(index_N: jax.Array, length: int) -> jax.Array:
+  """Returns how often each index below `length` occurs, int32; TPUs are slow at scattering."""
+  return jnp.sum(index_N[:, None] == jnp.arange(length), axis=0, dtype=jnp.int32)
+
+
+@jax.custom_vjp
+def permuted(x_N: jax.Array, order_N: jax.Array, rank_N: jax.Array) -> jax.Array:
+  """Returns numbers in another order, of which `rank_N` is the inverse; backward gathers too."""
+  return _rows(x_N, order_N)
+
+
+permuted.defvjp(
+  lambda x_N, order_N, rank_N: (permuted(x_N, order_N, rank_N), rank_N),
+  lambda rank_N, g_N: (_rows(g_N, rank_N), None, None),
+)
 
 
 def ragged_experts(
@@ -141,11 +158,12 @@ def ragged_dispatch(
   Token copies are sorted by expert, so that each expert's rows are one ragged block.
   """
   n_experts = experts.gate_XDF.shape[0]
-  order_A = jnp.argsort(expert_TR.reshape(-1), stable=True)
-  sizes_X = jnp.bincount(expert_TR.reshape(-1), length=n_experts)
-  where = (order_A, inverse(order_A).reshape(expert_TR.shape), expert_TR < n_experts)
-  rows_AD, weight_A = copied(x_TD, *where), weight_TR.reshape(-1)[order_A]
-  out_AD = ragged_experts(rows_AD, weight_A, sizes_X, experts, activation, product)
+  expert_A = expert_TR.reshape(-1)
+  order_A = jnp.argsort(expert_A, stable=True)
+  rank_A, sizes_X = inverse(order_A), counts(expert_A, n_experts)
+  where = (order_A, rank_A.reshape(expert_TR.shape), expert_TR < n_experts)
+  weight_A = permuted(weight_TR.reshape(-1), order_A, rank_A)
+  out_AD = ragged_experts(copied(x_TD, *where), weight_A, sizes_X, experts, activation, product)
   return Dispatched(merged(out_AD, *where), jnp.float32(0), jnp.float32(0))
 
 
@@ -181,7 +199,7 @@ def capacity_dispatch(
     (T, R), X, C = expert_TR.shape, config.n_experts, capacity(config, expert_TR.shape[0])
     expert_A = expert_TR.T.reshape(-1)  # choice number a = r * T + t, in order of priority
     order_A = jnp.argsort(expert_A, stable=True)
-    sizes_X = jnp.bincount(expert_A, length=X)
+    sizes_X = counts(expert_A, X)
     starts_X = jnp.cumsum(sizes_X) - sizes_X
     place_A = inverse(order_A) - starts_X[expert_A]
     taken_A = (expert_A < X) & (place_A < C)
