@@ -164,8 +164,9 @@ def _visits(sizes_X: jax.Array, height: int) -> tuple[jax.Array, Callable]:
 
 
 def _height(n_rows: int, n_experts: int) -> int:
-  """Returns the rows of a block: about half an expert's mean number, so that few are wasted."""
-  return min(max(16, 2 ** ((n_rows // n_experts) // 2).bit_length()), 256)
+  """Returns the rows of a block: at most half an expert's mean number, so that few are wasted."""
+  half = max(16, n_rows // n_experts // 2)
+  return min(2 ** (half.bit_length() - 1), 128)
 
 
 def _product_by_blocks(x_NK, weight_XKF, sizes_X, transposed: bool) -> jax.Array:
