@@ -16,6 +16,7 @@ CHOICES = {
   'scan_layers': ('scan', 'unroll', 'auto'),
   'attention': ('auto', 'unrolled', 'blockwise', 'flash_tpu', 'flash_gpu', 'oracle'),
 }
+PRODUCTS = ('auto', 'ragged_dot', 'megablox', 'blocks')
 LAYER_KINDS = ('sliding', 'full')
 ROPE_SCALINGS = ('none', 'linear', 'llama3', 'yarn')
 
@@ -94,8 +95,13 @@ class MoEConfig:
     float, 'rows per round and pair of devices over their mean, when nothing is dropped',
     'placement',
   ] = 1.25
+  product: A[
+    str, "'ragged_dot', 'megablox', 'blocks', or 'auto': by hardware; used when nothing is dropped",
+    'placement',
+  ] = 'auto'
 
   def __post_init__(self):
+    _require_choice('model.moe.product', self.product, PRODUCTS)
     _require(self.n_experts >= 0, f'model.moe.n_experts={self.n_experts} must be at least 0')
     if self.n_experts:
       _require(

@@ -5,13 +5,16 @@ nothing, takes no slot and adds nothing to the token's sum.
 """
 
 import fractions
+import functools
 import math
 from typing import Callable, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from models.attention import hardware
 from models.config import MoEConfig
+from models.kernels.grouped import PRODUCTS, Product, ragged_dot
 
 
 class Experts(NamedTuple):
@@ -68,49 +71,100 @@ def _gathered_backward(used_SK, g_ND: jax.Array):
 gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def _rows(x_SD: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns rows that are known to exist: a gather with nothing to fill in after it."""
+  return jnp.asarray(x_SD).at[index].get(mode='promise_in_bounds')
+
+
+def _summed_choices(x_AD: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array) -> jax.Array:
+  """Returns each token's sum of its choices' rows, of which those not taken hold anything."""
+  rows_TRD = _rows(x_AD, rank_TR)
+  return jnp.sum(jnp.where(taken_TR[..., None], rows_TRD, 0), axis=1)
+
+
+@jax.custom_vjp
+def copied(x_TD: jax.Array, order_A: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array):
+  """Returns a copy of a token's row for each of its choices, [T * R, D], in an order of choices.
+
+  Choice t * R + r comes at place `rank_TR`; cotangents of choices that are not taken are
+  left out. Backward gathers, where autodiff would scatter; `merged` is its transpose.
+  """
+  return _rows(x_TD, order_A // rank_TR.shape[1])
+
+
+@jax.custom_vjp
+def merged(x_AD: jax.Array, order_A: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array):
+  """Returns each token's sum [T, D] over its choices that are taken; the transpose of `copied`.
+
+  Cotangents of other choices are left open: nothing reads them.
+  """
+  return _summed_choices(x_AD, rank_TR, taken_TR)
+
+
+copied.defvjp(
+  lambda x_TD, *where: (copied(x_TD, *where), where),
+  lambda where, g_AD: (_summed_choices(g_AD, *where[1:]), None, None, None),
+)
+merged.defvjp(
+  lambda x_AD, *where: (merged(x_AD, *where), where),
+  lambda where, g_TD: (_rows(g_TD, where[0] // where[1].shape[1]), None, None, None),
+)
+
+
 def inverse(order_N: jax.Array) -> jax.Array:
   """Returns the inverse of a permutation."""
-  return jnp.argsort(order_N)
+  return jnp.argsort(order_N, stable=False)
 
 
-def ragged_product(x_ND: jax.Array, weight_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
-  """Returns each block of rows times its matrix [N, F]; rows beyond the blocks are zero.
+def counts(index_N: jax.Array, length: int) -> jax.Array:
+  """Returns how often each index below `length` occurs, int32; TPUs are slow at scattering."""
+  return jnp.sum(index_N[:, None] == jnp.arange(length), axis=0, dtype=jnp.int32)
 
-  JAX leaves open what its ragged product holds there.
-  """
-  in_block_N1 = (jnp.arange(x_ND.shape[0]) < jnp.sum(sizes_X))[:, None]
-  return jnp.where(in_block_N1, jax.lax.ragged_dot(x_ND, weight_XDF, sizes_X), 0)
+
+@jax.custom_vjp
+def permuted(x_N: jax.Array, order_N: jax.Array, rank_N: jax.Array) -> jax.Array:
+  """Returns numbers in another order, of which `rank_N` is the inverse; backward gathers too."""
+  return _rows(x_N, order_N)
+
+
+permuted.defvjp(
+  lambda x_N, order_N, rank_N: (permuted(x_N, order_N, rank_N), rank_N),
+  lambda rank_N, g_N: (_rows(g_N, rank_N), None, None),
+)
 
 
 def ragged_experts(
-  rows_ND: jax.Array, weight_N: jax.Array, sizes_X: jax.Array, experts: Experts, activation
+  rows_ND: jax.Array, weight_N: jax.Array, sizes_X: jax.Array, experts: Experts, activation,
+  product: Product = ragged_dot,
 ) -> jax.Array:
   """Returns weighted outputs [N, D] of rows sorted by expert, `sizes_X` rows each.
 
-  The weight multiplies the hidden units: its gradient then needs no output kept or recomputed.
+  Rows beyond the blocks may hold anything, in the result and in its gradient. The weight
+  multiplies the hidden units: its gradient then needs no output kept or recomputed.
   """
-  gate_NF = ragged_product(rows_ND, experts.gate_XDF, sizes_X)
-  up_NF = ragged_product(rows_ND, experts.up_XDF, sizes_X)
+  weight_N = jnp.where(jnp.arange(weight_N.shape[0]) < jnp.sum(sizes_X), weight_N, 0)
+  gate_NF = product(rows_ND, experts.gate_XDF, sizes_X)
+  up_NF = product(rows_ND, experts.up_XDF, sizes_X)
   hidden_NF = (activation(gate_NF) * up_NF * weight_N[:, None]).astype(rows_ND.dtype)
-  return ragged_product(hidden_NF, experts.down_XFD, sizes_X)
+  return product(hidden_NF, experts.down_XFD, sizes_X)
 
 
 def ragged_dispatch(
-  x_TD: jax.Array, expert_TR: jax.Array, weight_TR: jax.Array, experts: Experts, activation
+  x_TD: jax.Array, expert_TR: jax.Array, weight_TR: jax.Array, experts: Experts, activation,
+  product: Product = ragged_dot,
 ) -> Dispatched:
   """Returns the weighted sum of each token's experts [T, D]; no token is ever dropped.
 
   Token copies are sorted by expert, so that each expert's rows are one ragged block.
   """
-  T, R = expert_TR.shape
-  order_A = jnp.argsort(expert_TR.reshape(-1), stable=True)
-  sizes_X = jnp.bincount(expert_TR.reshape(-1), length=experts.gate_XDF.shape[0])
-  source_A = jnp.where(jnp.arange(T * R) < jnp.sum(sizes_X), order_A // R, T)
-  rank_A = inverse(order_A)
-  rows_AD = gathered(x_TD, source_A, rank_A.reshape(T, R))
-  out_AD = ragged_experts(rows_AD, weight_TR.reshape(-1)[order_A], sizes_X, experts, activation)
-  out_TRD = gathered(out_AD, rank_A, order_A[:, None]).reshape(T, R, -1)
-  return Dispatched(jnp.sum(out_TRD, axis=1), jnp.float32(0), jnp.float32(0))
+  n_experts = experts.gate_XDF.shape[0]
+  expert_A = expert_TR.reshape(-1)
+  order_A = jnp.argsort(expert_A, stable=True)
+  rank_A, sizes_X = inverse(order_A), counts(expert_A, n_experts)
+  where = (order_A, rank_A.reshape(expert_TR.shape), expert_TR < n_experts)
+  weight_A = permuted(weight_TR.reshape(-1), order_A, rank_A)
+  out_AD = ragged_experts(copied(x_TD, *where), weight_A, sizes_X, experts, activation, product)
+  return Dispatched(merged(out_AD, *where), jnp.float32(0), jnp.float32(0))
 
 
 def capacity(config: MoEConfig, n_tokens: int) -> int:
@@ -145,7 +199,7 @@ def capacity_dispatch(
     (T, R), X, C = expert_TR.shape, config.n_experts, capacity(config, expert_TR.shape[0])
     expert_A = expert_TR.T.reshape(-1)  # choice number a = r * T + t, in order of priority
     order_A = jnp.argsort(expert_A, stable=True)
-    sizes_X = jnp.bincount(expert_A, length=X)
+    sizes_X = counts(expert_A, X)
     starts_X = jnp.cumsum(sizes_X) - sizes_X
     place_A = inverse(order_A) - starts_X[expert_A]
     taken_A = (expert_A < X) & (place_A < C)
@@ -168,6 +222,34 @@ def capacity_dispatch(
   return dispatch
 
 
+def check_product(config: MoEConfig, hardware: str) -> None:
+  """Raises ValueError where the product that `config.product` names is for other devices."""
+  if config.product == 'megablox' and hardware != 'tpu':
+    raise ValueError(f'model.moe.product=megablox is for tpu devices, these are {hardware}; '
+                     "'auto' or 'ragged_dot' works")
+
+
+def choose_product(config: MoEConfig, hardware: str) -> tuple[str, str]:
+  """Returns the name of the product of dropless experts on a kind of hardware, and why.
+
+  The name is that of `config.product` unless it is 'auto'.
+  """
+  if config.product != 'auto':
+    return config.product, 'model.moe.product names it'
+  if hardware == 'tpu':
+    return 'megablox', "the devices are TPUs; XLA's product is dense over all experts on some"
+  if hardware == 'cpu':
+    return 'blocks', "plain XLA; XLA's own product is dense over all experts on CPU"
+  return 'ragged_dot', "XLA's own"
+
+
+def configured_product(config: MoEConfig) -> Product:
+  """Returns the product that a configuration names, 'auto' for the first device."""
+  return PRODUCTS[choose_product(config, hardware(jax.devices()[0]))[0]]
+
+
 def configured_dispatch(config: MoEConfig) -> ExpertDispatch:
   """Returns the dispatch that a configuration names, for experts all on one device."""
-  return capacity_dispatch(config) if config.capacity_factor else ragged_dispatch
+  if config.capacity_factor:
+    return capacity_dispatch(config)
+  return functools.partial(ragged_dispatch, product=configured_product(config))

@@ -37,9 +37,14 @@ def own_tokens(tree: Any) -> Any:
 
 
 def route(logits_TX: jax.Array, top_k: int, normalize: bool) -> tuple[jax.Array, ...]:
-  """Returns probabilities [T, X], the chosen experts [T, R] and their weights [T, R]."""
+  """Returns probabilities [T, X], the chosen experts [T, R] and their weights [T, R].
+
+  Weights are read by comparison, of which the gradient is no scatter as that of top-k is.
+  """
   p_TX = jax.nn.softmax(logits_TX, axis=-1)
-  weight_TR, expert_TR = jax.lax.top_k(p_TX, top_k)
+  _, expert_TR = jax.lax.top_k(jax.lax.stop_gradient(p_TX), top_k)
+  chosen_TRX = expert_TR[..., None] == jnp.arange(p_TX.shape[1])
+  weight_TR = jnp.sum(jnp.where(chosen_TRX, p_TX[:, None], 0), axis=-1)
   if normalize:
     weight_TR = weight_TR / jnp.sum(weight_TR, axis=-1, keepdims=True)
   return p_TX, expert_TR, weight_TR

@@ -81,11 +81,11 @@ def _make_plan(expert_TR: jax.Array, n_local: int, axes: Axes, n_rows: int) -> _
   P = jax.lax.axis_size(axes)
   expert_A = expert_TR.reshape(-1)
   order_A = jnp.argsort(expert_A, stable=True)
-  sent_PX = jnp.bincount(expert_A, length=P * n_local).astype(jnp.int32).reshape(P, n_local)
+  sent_PX = _counts(expert_A, P * n_local).reshape(P, n_local)
   sent_P = jnp.sum(sent_PX, axis=1)
   starts_P = jnp.cumsum(sent_P) - sent_P
   owner_TR = expert_TR // n_local
-  rank_TR = jnp.argsort(order_A).reshape(expert_TR.shape)
+  rank_TR = _inverse(order_A).reshape(expert_TR.shape)
   return _Plan(
       order_A, starts_P, owner_TR, rank_TR - starts_P[owner_TR], _exchanged(sent_PX, axes),
       n_rounds=jax.lax.pmax(-(-jnp.max(sent_P) // n_rows), axes))
@@ -94,6 +94,16 @@ def _make_plan(expert_TR: jax.Array, n_local: int, axes: Axes, n_rows: int) -> _
 def _exchanged(x: jax.Array, axes: Axes) -> jax.Array:
   """Returns the entries [P, ...] that the others had for this device, of an x for all of them."""
   return jax.lax.all_to_all(x, axes, 0, 0, tiled=True)
+
+
+def _counts(index_N: jax.Array, length: int) -> jax.Array:
+  """Returns how often each index below `length` occurs, int32; TPUs are slow at scattering."""
+  return jnp.sum(index_N[:, None] == jnp.arange(length), axis=0, dtype=jnp.int32)
+
+
+def _inverse(order_N: jax.Array) -> jax.Array:
+  """Returns the inverse of a permutation."""
+  return jnp.argsort(order_N, stable=False)
 
 
 class _Round(NamedTuple):
@@ -117,7 +127,7 @@ def _round(plan: _Plan, k: jax.Array, n_rows: int) -> _Round:
   ends_PX = jnp.cumsum(plan.received_PX, axis=1)
   expert_PC = jnp.sum(at_C[:, None] >= ends_PX[:, None, :], axis=-1)
   return _Round(choice_PC, slot_TR, jnp.argsort(expert_PC.reshape(-1), stable=True),
-                jnp.bincount(expert_PC.reshape(-1), length=n_local))
+                _counts(expert_PC.reshape(-1), n_local))
 
 
 def _at(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -158,7 +168,7 @@ def _exchange(run: Callable, axes: Axes, n_rows: int) -> Callable:
 
   def returned(now: _Round, rows: jax.Array) -> jax.Array:
     """Returns rows [P * C, ...] sorted by expert to where they are from, in slots."""
-    unsorted = rows[jnp.argsort(now.order_N)]
+    unsorted = rows[_inverse(now.order_N)]
     back = _exchanged(unsorted.reshape(-1, n_rows, *rows.shape[1:]), axes)
     return back.reshape(rows.shape)
 

@@ -27,7 +27,15 @@ from models.attention import (
     hardware,
 )
 from models.config import ModelConfig, MoEConfig
-from models.dispatch import ExpertDispatch, capacity_dispatch, ragged_experts
+from models.dispatch import (
+    ExpertDispatch,
+    capacity_dispatch,
+    check_product,
+    choose_product,
+    configured_product,
+    ragged_dispatch,
+    ragged_experts,
+)
 from models.kernels.decoding import Decoded
 from models.kernels.interface import Attended
 from models.spread import Spread
@@ -386,13 +394,18 @@ def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   """Returns the choices that change bits but not meaning, for the manifest and for reuse."""
   device = mesh.devices.flat[0]
   attention, _ = choose_attention(config.model, hardware(device), config.data.sequence_length)
+  product, _ = choose_product(config.model.moe, hardware(device))
   return {'n_micro': count_microbatches(config, mesh), 'attention': attention,
+          'expert_product': product,
           'scan_layers': 'scan' if scans_layers(config.model, device.platform) else 'unroll'}
 
 
 def _observing_seams(model: ModelConfig, mesh: Mesh) -> transformer.Seams:
   """Returns the seams of a model that the compiler lays out."""
+  # The compiler lays out XLA's own product of experts, but no kernel.
+  laid_out = mesh.size > 1 and not model.moe.capacity_factor
   return transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh),
+                           expert_dispatch=ragged_dispatch if laid_out else None,
                            attend_cached=_decode_kernel(model, mesh))
 
 
@@ -422,7 +435,8 @@ def _expert_dispatch(moe: MoEConfig, mesh: Mesh) -> ExpertDispatch | None:
   axes = tuple(group)
   if moe.capacity_factor:
     return capacity_dispatch(moe, *experts.slot_exchange(axes))
-  return experts.dropless(ragged_experts, axes, moe.exchange_factor)
+  run = functools.partial(ragged_experts, product=configured_product(moe))
+  return experts.dropless(run, axes, moe.exchange_factor)
 
 
 def _kernel(model: ModelConfig, mesh: Mesh):
@@ -449,13 +463,15 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
   A choice that `numerics` lacks, as those of an older run may, is made anew.
 
   Raises:
-    ValueError: the mesh does not divide the batch or a parameter axis, or the attention that the
+    ValueError: the mesh does not divide the batch or a parameter axis, or a kernel that the
       config names is for other devices.
   """
   numerics = {**resolve_numerics(config, mesh), **numerics}
+  moe = dataclasses.replace(config.model.moe, product=numerics['expert_product'])
   model = dataclasses.replace(config.model, scan_layers=numerics['scan_layers'],
-                              attention=numerics['attention'])
+                              attention=numerics['attention'], moe=moe)
   check_attention(model, hardware(mesh.devices.flat[0]))
+  check_product(moe, hardware(mesh.devices.flat[0]))
   config = dataclasses.replace(config, model=model)
   _check_rows(config, mesh)
   axes = transformer.logical_axes(model)

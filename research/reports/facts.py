@@ -19,6 +19,7 @@ def run_facts(records: Records) -> Facts:
       ('Progress', _progress(records)),
       ('Model', _model(config, records.manifest)),
       ('Training', _training(config, records)),
+      ('Experts', _experts(records)),
       ('Speed', _speed(records)),
       ('Machine', _machine(records.manifest, machine)),
       ('Origin', _origin(records.manifest, start)),
@@ -103,6 +104,18 @@ def _training(config, records):
       ('Schedule', config.get('optimizer.schedule')), ('Seed', config.get('seed')),
       ('Snapshot every', config.get('checkpoints.snapshot_every')),
       ('Monitor suite', config.get('monitors.suite'))))
+
+
+def _experts(records):
+  """Loads as means over the last tenth of the recorded steps, as single batches scatter."""
+  rows = []
+  for label, key, shown in (('Fullest expert', 'expert_max_load', '{:.2f} times the mean load'),
+                            ('Dropped choices', 'expert_dropped', '{:.2%}'),
+                            ('Exchanges per layer', 'expert_rounds', '{:.2f}')):
+    if key in records.metrics:
+      values = records.metrics[key].values
+      rows.append((label, shown.format(np.nanmean(values[-max(1, len(values) // 10):]))))
+  return rows
 
 
 def _speed(records):

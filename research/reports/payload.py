@@ -17,6 +17,8 @@ _TRAINING = (  # (title, unit, vertical axis, [(label, table, key)])
     ('Bits per byte', 'held out', 'free', (('held out', 'evals', 'bits_per_byte'),)),
     ('Gradient norm', 'log scale', 'log', (('gradient norm', 'metrics', 'grad_norm'),)),
     ('Learning rate', '', 'zero', (('learning rate', 'metrics', 'learning_rate'),)),
+    ('Expert load', 'fullest over mean', 'free',
+     (('fullest expert over the mean', 'metrics', 'expert_max_load'),)),
     ('Tokens per second', '', 'zero', (('tokens per second', 'timings', 'tokens_per_second'),)),
     ('MFU', 'share of peak', 'zero', (('MFU', 'timings', 'mfu'),)),
 )

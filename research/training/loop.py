@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from models.attention import choose_attention, hardware
+from models.dispatch import choose_product
 from models.counting import flops_per_token, parameter_counts
 from parallelism.mesh import make_mesh
 from parallelism.sharding import path_name
@@ -233,6 +234,11 @@ def _describe(run_dir, config, built, manifest) -> None:
       config.model, hardware(built.mesh.devices.flat[0]), config.data.sequence_length)
   used = built.config.model.attention
   print(f'attention: {used} ({reason if used == chosen else "as at the first start"})', flush=True)
+  moe = config.model.moe
+  if moe.n_experts and not moe.capacity_factor:
+    chosen, reason = choose_product(moe, hardware(built.mesh.devices.flat[0]))
+    used = built.config.model.moe.product
+    print(f'experts: {used} ({reason if used == chosen else "as at the first start"})', flush=True)
 
 
 def _heldout_loss(eval_step, params, heldout) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Mixture of experts against a loop over experts in NumPy float64 and closed forms."""
 
+import functools
+
 import jax
 from jax.test_util import check_grads
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from models.dispatch import (
   Dispatched, Experts, capacity, capacity_dispatch, configured_dispatch, gathered,
   ragged_dispatch,
 )
+from models.kernels import grouped
 from models.moe import auxiliary_losses, route
 from models.transformer import Seams, apply, build, init
 
@@ -28,8 +31,16 @@ def experts_and_tokens(seed=0):
   return rng.normal(size=(T, D)).astype(np.float32), expert_TR, weight_TR, matrices
 
 
+PRODUCTS = {
+  'ragged_dot': grouped.ragged_dot, 'blocks': grouped.by_blocks,
+  # Interpreted, it leaves rows of no expert as they are born: not numbers.
+  'megablox': functools.partial(grouped.megablox, interpret=True),
+}
+
+
+@pytest.mark.parametrize('product', PRODUCTS)
 @pytest.mark.parametrize('n_padding', [0, 3, T])
-def test_dispatch_equals_a_loop_over_experts_and_so_do_its_gradients(n_padding):
+def test_dispatch_equals_a_loop_over_experts_and_so_do_its_gradients(n_padding, product):
   x_TD, expert_TR, weight_TR, matrices = experts_and_tokens()
   expert_TR[T - n_padding :] = X  # no expert
 
@@ -42,7 +53,8 @@ def test_dispatch_equals_a_loop_over_experts_and_so_do_its_gradients(n_padding):
     return out_TD
 
   def dispatched(x_TD, weight_TR, matrices):
-    return ragged_dispatch(x_TD, expert_TR, weight_TR, matrices, jax.nn.silu).out_TD
+    options = {'product': PRODUCTS[product]}
+    return ragged_dispatch(x_TD, expert_TR, weight_TR, matrices, jax.nn.silu, **options).out_TD
 
   cotangent = np.random.default_rng(1).normal(size=(T, D)).astype(np.float32)
 

@@ -19,10 +19,13 @@ from models.dispatch import (
     ragged_dispatch,
     ragged_experts,
 )
+from models.kernels.grouped import megablox
 from models.moe import auxiliary_losses, route
 from parallelism import experts as experts_lib
 from parallelism.experts import check_experts, dropless, round_rows, slot_exchange, traffic
-from parallelism.mesh import MeshConfig, make_mesh
+from parallelism.hlo import compile_to_text
+from parallelism.hlo_program import read_program, total_flops
+from parallelism.mesh import AXES, MeshConfig, make_mesh
 from parallelism.topologies import compile_only_mesh
 
 X, D, F, T, R = 16, 12, 20, 24, 2  # T tokens on each of the eight devices
@@ -308,13 +311,13 @@ def test_experts_that_do_not_split_are_refused(n_experts, group, message):
   check_experts(8, group)
 
 
-def program(topology: str, factor: float, capacity_factor: float = 0.0, n_tokens=1024):
-  """Returns forward and backward compiled for a TPU topology, width 1024, bfloat16."""
+def lowered(topology: str, factor: float, capacity_factor: float = 0.0, n_tokens=1024):
+  """Returns forward and backward with the TPU's products for a topology, width 1024, bfloat16."""
   axes, width = ('expert', 'tensor'), 1024
   mesh = compile_only_mesh(topology, MeshConfig(data=1, expert=4, tensor=2))
   moe = MoEConfig(n_experts=X, top_k=R, capacity_factor=capacity_factor)
   dispatch = (capacity_dispatch(moe, *slot_exchange(axes)) if capacity_factor
-              else dropless(ragged_experts, axes, factor))
+              else dropless(functools.partial(ragged_experts, product=megablox), axes, factor))
 
   def of(shape, spec, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -322,7 +325,25 @@ def program(topology: str, factor: float, capacity_factor: float = 0.0, n_tokens
   tokens_TD, matrix_XDD = of((8 * n_tokens, width), TOKENS), of((X, width, width), P(axes))
   return over_devices(mesh, axes, dispatch).lower(
       tokens_TD, of((8 * n_tokens, R), TOKENS, jnp.int32),
-      of((8 * n_tokens, R), TOKENS, jnp.float32), Experts(*[matrix_XDD] * 3), tokens_TD).compile()
+      of((8 * n_tokens, R), TOKENS, jnp.float32), Experts(*[matrix_XDD] * 3), tokens_TD)
+
+
+def program(*arguments, **options):
+  """Returns what `lowered` returns, compiled."""
+  return lowered(*arguments, **options).compile()
+
+
+@pytest.mark.parametrize('topology', [
+    'v5e:2x4', pytest.param('v5p:2x2x2', marks=pytest.mark.slow),
+    pytest.param('v6e:2x4', marks=pytest.mark.slow)])
+def test_each_row_of_a_round_is_multiplied_for_one_expert(topology):
+  pytest.importorskip('libtpu')
+  _, text = compile_to_text(lowered(topology, 1.25))
+  axis_sizes = {**dict.fromkeys(AXES, 1), 'expert': 4, 'tensor': 2}
+  counted = total_flops(read_program(text, axis_sizes, unknown_trips=1))
+  # Forward three products, backward two of them again and two for each.
+  product = 2 * (8 * round_rows(1024 * R, 8, 1.25)) * 1024 * 1024
+  assert counted == pytest.approx((3 + 2 + 6) * product, rel=0.01)
 
 
 def test_the_tpu_compiler_keeps_the_stated_exchanges():

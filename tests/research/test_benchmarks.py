@@ -159,6 +159,15 @@ def test_decode_measures_side_by_side():
     assert f'| {name} |' in ended.stdout
 
 
+def test_grouped_matmul_measures_side_by_side():
+  # Contenders whose results or gradients differ are refused, so a table means that they agree.
+  ended = bench('grouped_matmul', '--rows=60', '--experts=4', '--width=8', '--hidden=12',
+                '--rounds=1', '--seconds=0', '--contenders=blocks,ragged_dot,dense')
+  assert ended.returncode == 0, ended.stderr
+  for name in ('blocks', 'ragged_dot', 'dense'):
+    assert f'| {name} |' in ended.stdout
+
+
 def _turn(name: str, skill: str):
   """Starts a contender of two steps of known length, or one that lacks the skill."""
   if skill == 'none':
@@ -199,6 +208,7 @@ def test_turns_time_every_step_of_those_that_can():
     ('decode', ['--contenders=vllm'], '--contenders=vllm is not one of modehop, recompute, torch'),
     ('decode', ['--contenders='], '--contenders is empty; name at least one of modehop'),
     ('decode', ['--tokens=0'], 'tokens'),
+    ('grouped_matmul', ['--contenders=triton'], '--contenders=triton is not one of blocks'),
     ('compile_attention_gpu', ['--contenders=cudnn'], '--contenders=cudnn is not one of flash_gpu'),
     ('compile_attention_gpu', ['--features=window+mask'], '--features=mask is not one of window')])
 def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
@@ -212,7 +222,7 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
     ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
     ('decode', '--rounds'), ('compile_attention_gpu', '--features'),
     ('compile_attention', '--cases'), ('tune_attention', '--blocks'),
-    ('step_schedules', '--precision')])
+    ('step_schedules', '--precision'), ('grouped_matmul', '--experts')])
 def test_help_teaches(module, flag):
   ended = bench(module, '--help')
   assert ended.returncode == 0

@@ -170,6 +170,20 @@ def test_text_run_without_monitors(tmp_path):
   assert not (run_dir.figures / 'families.png').exists()
 
 
+def test_loads_of_experts(tmp_path):
+  run_dir = RunDir(tmp_path)
+  synthetic_runs.write_records(run_dir, 100, 100)
+  rows = [{'step': step, 'expert_max_load': 1 + 200 / step, 'expert_dropped': 0.25 * (step > 50),
+           'expert_rounds': 1.0} for step in range(1, 101)]
+  run_dir.metrics_jsonl.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  page = Page(build_report(run_dir))
+  (panel,) = [panel for panel in page.payload['training'] if panel['title'] == 'Expert load']
+  assert panel['series'][0]['values'][:3] == [201, 101, float(f'{1 + 200 / 3:.5g}')]
+  last = 1 + np.mean([200 / step for step in range(91, 101)])  # 3.10
+  assert f'Fullest expert {last:.2f} times the mean load' in page.text
+  assert 'Dropped choices 25.00%' in page.text and 'Exchanges per layer 1.00' in page.text
+
+
 def test_run_that_has_only_a_config(tmp_path):
   run_dir = RunDir(tmp_path / 'new')
   run_dir.path.mkdir()
