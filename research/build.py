@@ -34,6 +34,7 @@ from models.spread import Spread
 from models.stack import run_layers, scans_layers
 from parallelism import context, experts, schedules, sharding
 from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
+from parallelism.compiler_options import compiler_options
 from parallelism.spread import OverTensor
 from parallelism.storage import LABEL, STAGE, Storage, over_devices, specs
 from parallelism.zigzag import zigzag_order
@@ -104,7 +105,8 @@ class Build:
         config, self.total_up(), self.optimizer, schedule(config.optimizer, config.n_steps))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     return jax.jit(step, donate_argnums=0,
-                   out_shardings=(shardings, sharding.replicated(self.mesh)))
+                   out_shardings=(shardings, sharding.replicated(self.mesh)),
+                   compiler_options=compiler_options(self.mesh.devices.flat[0]))
 
   def train_step(self):
     """Returns the step(state, batch) -> (state, metrics) of a run; the state is donated."""
