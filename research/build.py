@@ -88,7 +88,7 @@ class Build:
     """Returns the state at step 0, created in place on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     with jax.set_mesh(self.mesh):
-      return jax.jit(lambda: _fresh_state(self.config, self.optimizer),
+      return jax.jit(lambda: fresh_state(self.config, self.optimizer),
                      out_shardings=shardings)()
 
   @property
@@ -205,7 +205,8 @@ def _trimmed(step):
   return call
 
 
-def _fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
+def fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
+  """Returns the state at step 0."""
   params = transformer.init(config.model, config.seed)
   ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
   return step_lib.State(step=jnp.int32(0), params=params, optimizer=optimizer.init(params),
@@ -377,7 +378,7 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
       config, mesh.shape, transformer.abstract_params(model), axes):
     raise ValueError(problem)
   optimizer = make_optimizer(config.optimizer, axes)
-  shapes = jax.eval_shape(lambda: _fresh_state(config, optimizer))
+  shapes = jax.eval_shape(lambda: fresh_state(config, optimizer))
   params = sharding.parameter_shardings(mesh, axes)
   whole = sharding.replicated(mesh)
   shardings = step_lib.State(
