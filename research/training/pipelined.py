@@ -27,6 +27,16 @@ NO_LAYER = -1
 LAYER, KIND = 'pipeline_layer', 'pipeline_kind'
 
 
+def too_many_places(n_layers: int, n_stages: int, n_chunks: int) -> str:
+  """Returns why a pipeline's places cannot all have a layer, '' if they can."""
+  if n_stages * n_chunks <= n_layers:
+    return ''
+  chunks = f' x compute.pipeline_chunks={n_chunks}' if n_chunks > 1 else ''
+  return (f'mesh.stage={n_stages}{chunks} makes {n_stages * n_chunks} places for '
+          f'model.n_layers={n_layers}; at most mesh.stage={max(1, n_layers // n_chunks)} has a '
+          'layer in each')
+
+
 def layer_order(n_layers: int, n_stages: int, n_chunks: int) -> np.ndarray:
   """Returns the layers of each place of the pipeline, int32 [places, n].
 
@@ -36,12 +46,9 @@ def layer_order(n_layers: int, n_stages: int, n_chunks: int) -> np.ndarray:
   Raises:
     ValueError: there are more places than layers.
   """
+  if problem := too_many_places(n_layers, n_stages, n_chunks):
+    raise ValueError(problem)
   n_places = n_stages * n_chunks
-  if n_places > n_layers:
-    chunks = f' x compute.pipeline_chunks={n_chunks}' if n_chunks > 1 else ''
-    raise ValueError(
-        f'mesh.stage={n_stages}{chunks} makes {n_places} places for model.n_layers={n_layers}; '
-        f'at most mesh.stage={max(1, n_layers // n_chunks)} has a layer in each')
   counts = np.full(n_places, n_layers // n_places) + (np.arange(n_places) < n_layers % n_places)
   order_Pn = np.full((n_places, counts.max()), NO_LAYER, np.int32)
   order_Pn[np.arange(counts.max()) < counts[:, None]] = np.arange(n_layers)
