@@ -309,15 +309,15 @@ def ring(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:
   return attended
 
 
-def check_heads(n_heads: int, n_devices: int) -> None:
-  """Raises ValueError where query heads do not divide over the devices."""
+def uneven_heads(n_heads: int, n_devices: int) -> str:
+  """Returns why query heads do not divide over the devices, '' if they do."""
   if n_heads % n_devices:
     fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
     below, above = [n for n in fitting if n < n_devices], [n for n in fitting if n > n_devices]
-    raise ValueError(
-        f'{n_heads} query heads do not divide over {n_devices} context devices; '
-        f'{" or ".join(map(str, below[-1:] + above[:1]))} would do, as would the ring, which '
-        'splits no heads')
+    return (f'{n_heads} query heads do not divide over {n_devices} context devices; '
+            f'{" or ".join(map(str, below[-1:] + above[:1]))} would do, as would the ring, which '
+            'splits no heads')
+  return ''
 
 
 def all_to_all(attend: Callable, n_devices: int, axis: str = 'context') -> Callable:
@@ -337,7 +337,8 @@ def all_to_all(attend: Callable, n_devices: int, axis: str = 'context') -> Calla
                **options: Any) -> Attended:
     H, K = q_BLHE.shape[2], k_BLKE.shape[2]
     _check_axis(axis, n_devices)
-    check_heads(H, n_devices)
+    if problem := uneven_heads(H, n_devices):
+      raise ValueError(problem)
     copies = math.lcm(K, n_devices) // K
     arrays = [q_BLHE, *(jnp.repeat(x, copies, axis=2) for x in (k_BLKE, v_BLKE))]
     if segment_ids_BL is not None:

@@ -21,15 +21,16 @@ Axes = tuple[str, ...]
 TILE = 16  # rows of a bfloat16 tile on TPUs
 
 
-def check_experts(n_experts: int, group: Mapping[str, int]) -> None:
-  """Raises ValueError unless the experts split evenly over the group's axes (name -> size)."""
+def uneven_experts(n_experts: int, group: Mapping[str, int]) -> str:
+  """Returns why experts do not split evenly over the group's axes (name -> size), '' if they do."""
   n_devices = math.prod(group.values())
   if n_experts % n_devices:
     product = ' x '.join(f'mesh.{name}={size}' for name, size in group.items())
     below = n_experts // n_devices * n_devices
     nearest = f'{below} or {below + n_devices}' if below else str(n_devices)
-    raise ValueError(f'model.moe.n_experts={n_experts} does not split over {product}, which is '
-                     f'{n_devices} devices; the nearest that does is {nearest}')
+    return (f'model.moe.n_experts={n_experts} does not split over {product}, which is '
+            f'{n_devices} devices; the nearest that does is {nearest}')
+  return ''
 
 
 def round_rows(n_choices: int, n_devices: int, factor: float) -> int:

@@ -1,5 +1,6 @@
 """The sharding tables: which mesh axes split each logical axis, and what follows from them."""
 
+from collections.abc import Mapping
 import math
 from typing import Any
 
@@ -75,25 +76,26 @@ def parameter_shardings(mesh: Mesh, logical_axes: Any) -> Any:
                       is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def check_divisible(mesh: Mesh, shapes: Any, logical_axes: Any) -> None:
-  """Raises ValueError naming the first parameter axis that its mesh axes do not divide.
+def indivisible(sizes: Mapping[str, int], shapes: Any, logical_axes: Any) -> str:
+  """Returns a sentence on the first parameter axis that its mesh axes do not divide, '' if none.
 
   The sentence gives the nearest number of devices that does.
 
   Args:
-    mesh: the mesh.
+    sizes: devices of each mesh axis.
     shapes: tree of arrays or ShapeDtypeStruct.
     logical_axes: same tree, leaves tuples of logical names.
   """
   flat_names = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
   for (path, leaf), names in zip(jax.tree.leaves_with_path(shapes), flat_names, strict=True):
     for size, name in zip(leaf.shape, names, strict=True):
-      parts = math.prod(mesh.shape[axis] for axis in STORAGE[name])
+      parts = math.prod(sizes[axis] for axis in STORAGE[name])
       if size % parts:
-        axes = ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in STORAGE[name]
-                          if mesh.shape[axis] > 1)
-        raise ValueError(f'parameter {path_name(path)}: its {name!r} axis of {size} is not '
-                         f'divided by {axes}; {nearest_divisor(size, parts)} parts would fit')
+        axes = ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in STORAGE[name]
+                          if sizes[axis] > 1)
+        return (f'parameter {path_name(path)}: its {name!r} axis of {size} is not divided by '
+                f'{axes}; {nearest_divisor(size, parts)} parts would fit')
+  return ''
 
 
 def nearest_divisor(size: int, parts: int) -> int:
@@ -110,18 +112,31 @@ def path_name(path: tuple) -> str:
 def like_parameters(mesh: Mesh, tree: Any, parameters: Any, shardings: Any) -> Any:
   """Returns shardings for a tree (optimizer state) whose leaves mirror parameters.
 
-  A leaf whose key path ends with a parameter's path and whose shape equals that parameter's
-  takes its sharding; every other leaf (counters, factored moments) is replicated.
+  Those that mirror none (counters, factored moments) are replicated; see `mirrored`.
+  """
+  return mirrored(tree, parameters, shardings, replicated(mesh))
+
+
+def mirrored(tree: Any, parameters: Any, values: Any, otherwise: Any) -> Any:
+  """Returns for each leaf of a tree the value of the parameter that it mirrors, or `otherwise`.
+
+  A leaf mirrors a parameter whose path its key path ends with and whose shape it has.
+
+  Args:
+    tree: such as an optimizer's state.
+    parameters: the parameters' tree.
+    values: one per parameter, in order: a tree of them or a list.
+    otherwise: the value of all other leaves.
   """
   known = [(path_name(path).split('.'), leaf.shape) for path, leaf in
            jax.tree.leaves_with_path(parameters)]
-  targets = jax.tree.leaves(shardings)
+  targets = values if isinstance(values, list) else jax.tree.leaves(values)
 
   def pick(path, leaf):
     keys = path_name(path).split('.')
-    for (parameter_keys, shape), sharding in zip(known, targets, strict=True):
+    for (parameter_keys, shape), value in zip(known, targets, strict=True):
       if keys[-len(parameter_keys):] == parameter_keys and leaf.shape == shape:
-        return sharding
-    return replicated(mesh)
+        return value
+    return otherwise
 
   return jax.tree.map_with_path(pick, tree)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import ctypes
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from models.attention import (
     configured_decode_attention,
     hardware,
 )
-from models.config import ModelConfig, MoEConfig
+from models.config import ModelConfig
 from models.dispatch import (
     ExpertDispatch,
     capacity_dispatch,
@@ -42,16 +41,16 @@ from models.spread import Spread
 from models.stack import run_layers, scans_layers
 from parallelism import context, experts, schedules, sharding
 from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
+from parallelism.compiler_options import compiler_options
 from parallelism.spread import OverTensor
 from parallelism.storage import LABEL, STAGE, Storage, over_devices, specs
 from parallelism.zigzag import zigzag_order
 from research.config import ExperimentConfig
-from research.training import pipelined
+from research.training import divisions, pipelined
 from research.training import step as step_lib
 from research.training.optimizers import make_optimizer, schedule
 
 BATCH_NAMES = ('batch', 'row')
-MICROBATCHES_PER_STAGE = 4  # of a pipeline whose micro-batches are not configured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Build:
     """Returns the state at step 0, created in place on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     with jax.set_mesh(self.mesh):
-      return jax.jit(lambda: _fresh_state(self.config, self.optimizer),
+      return jax.jit(lambda: fresh_state(self.config, self.optimizer),
                      out_shardings=shardings)()
 
   @property
@@ -112,7 +111,8 @@ class Build:
         config, self.total_up(), self.optimizer, schedule(config.optimizer, config.n_steps))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     return jax.jit(step, donate_argnums=0,
-                   out_shardings=(shardings, sharding.replicated(self.mesh)))
+                   out_shardings=(shardings, sharding.replicated(self.mesh)),
+                   compiler_options=compiler_options(self.mesh.devices.flat[0]))
 
   def train_step(self):
     """Returns the step(state, batch) -> (state, metrics) of a run; the state is donated."""
@@ -227,7 +227,8 @@ def _trimmed(step):
   return call
 
 
-def _fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
+def fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
+  """Returns the state at step 0."""
   params = transformer.init(config.model, config.seed)
   ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
   return step_lib.State(step=jnp.int32(0), params=params, optimizer=optimizer.init(params),
@@ -321,82 +322,13 @@ def _pipelined(built: Build):
   return on_device
 
 
-def _replicas(mesh: Mesh) -> int:
-  """Returns how many parts the mesh splits the rows of a batch into."""
-  return math.prod(mesh.shape[axis] for axis in sharding.ACTIVATIONS['batch'])
-
-
-def _split_by(mesh: Mesh, axes: tuple[str, ...]) -> str:
-  """Returns the axes that have several devices, and their sizes, in words."""
-  return ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1)
-
-
-def count_microbatches(config: ExperimentConfig, mesh: Mesh) -> int:
-  """Returns into how many micro-batches a step is cut.
-
-  The fewest that keep a replica's micro-batch within compute.microbatch_tokens. Its default on
-  CPU (1,024 tokens, 2,048 from width 320) keeps activations near the cache; accelerators take
-  the batch whole. A pipeline has MICROBATCHES_PER_STAGE by default, or as many as its rows allow.
-
-  Raises:
-    ValueError: the batch is not divided by the mesh.
-  """
-  replicas, n_stages = _replicas(mesh), mesh.shape[STAGE]
-  if config.data.batch_size % replicas:
-    near = max(1, round(config.data.batch_size / replicas)) * replicas
-    raise ValueError(f'data.batch_size={config.data.batch_size} is not divided by '
-                     f'{_split_by(mesh, sharding.ACTIVATIONS["batch"])}; {near} is')
-  rows = config.data.batch_size // replicas
-  target, grouped = config.compute.microbatch_tokens, 1
-  if n_stages > 1 and config.compute.pipeline == 'interleaved':
-    grouped = n_stages
-  counts = [n for n in range(1, rows + 1) if rows % n == 0 and n % grouped == 0]
-  if not counts:
-    raise ValueError(
-        f'interleaved 1F1B takes micro-batches in groups of mesh.stage={n_stages}, which do not '
-        f'divide the {rows} rows of a replica; data.batch_size={-(-rows // n_stages) * n_stages * replicas}'
-        ' fits')
-  if not target and n_stages > 1:
-    return max([n for n in counts if n <= MICROBATCHES_PER_STAGE * n_stages] or counts[:1])
-  if not target:
-    if mesh.devices.flat[0].platform != 'cpu':
-      return 1
-    target = 1024 if config.model.d_model < 320 else 2048
-  tokens = config.data.sequence_length // mesh.shape['context']
-  fitting = [n for n in counts if rows // n * tokens <= target]
-  return fitting[0] if fitting else counts[-1]
-
-
-def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
-  """Raises ValueError where the mesh does not divide the tokens of a row, or its heads."""
-  compute, sizes = config.compute, mesh.shape
-  chunks = 2 if sizes['context'] > 1 and compute.context == 'ring' else 1
-  tensor = sizes['tensor'] if compute.sequence else 1
-  length, parts = config.data.sequence_length, chunks * sizes['context'] * tensor
-  if length % parts:
-    axes = ('context', 'tensor') if tensor > 1 else ('context',)
-    ring = ' in two chunks per device of the ring' if chunks > 1 else ''
-    raise ValueError(f'data.sequence_length={length} is not divided by {_split_by(mesh, axes)}{ring}; '
-                     f'{max(1, round(length / parts)) * parts} is')
-  if sizes['context'] > 1 and compute.context == 'all_to_all':
-    context.check_heads(config.model.n_heads // sizes['tensor'], sizes['context'])
-  if sizes['context'] > 1 and sizes[STAGE] > 1 and compute.context == 'ring':
-    raise ValueError(
-        f"compute.context='ring' sends by collective permutes, in which all devices take part at "
-        f'once; the mesh.stage={sizes[STAGE]} stages of a pipeline do not: '
-        "compute.context='all_to_all' works there")
-  if config.model.moe.n_experts and sizes['tensor'] > 1 and not compute.sequence:
-    raise ValueError(f'compute.sequence=False leaves every one of mesh.tensor={sizes["tensor"]} '
-                     'devices with the same tokens; experts need compute.sequence=True there')
-
-
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   """Returns the choices that change bits but not meaning, for the manifest and for reuse."""
   device = mesh.devices.flat[0]
   attention, _ = choose_attention(config.model, hardware(device), config.data.sequence_length)
   product, _ = choose_product(config.model.moe, hardware(device))
-  return {'n_micro': count_microbatches(config, mesh), 'attention': attention,
-          'expert_product': product,
+  return {'n_micro': divisions.count_microbatches(config, mesh.shape, device.platform),
+          'attention': attention, 'expert_product': product,
           'scan_layers': 'scan' if scans_layers(config.model, device.platform) else 'unroll'}
 
 
@@ -421,18 +353,17 @@ def _device_seams(config: ExperimentConfig, mesh: Mesh, names: Any) -> transform
   if config.compute.gather == 'layer' and mesh.size > 1:
     run = _gathering(storage, _of_one_layer(names['blocks']), (), run)
   return transformer.Seams(
-      attend=attend, run_layers=run, expert_dispatch=_expert_dispatch(config.model.moe, mesh),
+      attend=attend, run_layers=run, expert_dispatch=_expert_dispatch(config, mesh),
       token_sum=storage.token_total,
       spread=OverTensor(n_tensor, config.compute.sequence) if n_tensor > 1 else Spread())
 
 
-def _expert_dispatch(moe: MoEConfig, mesh: Mesh) -> ExpertDispatch | None:
+def _expert_dispatch(config: ExperimentConfig, mesh: Mesh) -> ExpertDispatch | None:
   """Returns how tokens reach experts on several devices, None where each has all experts."""
-  group = {axis: mesh.shape[axis] for axis in sharding.STORAGE['experts'] if mesh.shape[axis] > 1}
-  if not moe.n_experts or not group:
+  axes = tuple(divisions.expert_group(config, mesh.shape))
+  if not axes:
     return None
-  experts.check_experts(moe.n_experts, group)
-  axes = tuple(group)
+  moe = config.model.moe
   if moe.capacity_factor:
     return capacity_dispatch(moe, *experts.slot_exchange(axes))
   run = functools.partial(ragged_experts, product=configured_product(moe))
@@ -473,11 +404,12 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
   check_attention(model, hardware(mesh.devices.flat[0]))
   check_product(moe, hardware(mesh.devices.flat[0]))
   config = dataclasses.replace(config, model=model)
-  _check_rows(config, mesh)
   axes = transformer.logical_axes(model)
-  sharding.check_divisible(mesh, transformer.abstract_params(model), axes)
+  for problem in divisions.problems(
+      config, mesh.shape, transformer.abstract_params(model), axes):
+    raise ValueError(problem)
   optimizer = make_optimizer(config.optimizer, axes)
-  shapes = jax.eval_shape(lambda: _fresh_state(config, optimizer))
+  shapes = jax.eval_shape(lambda: fresh_state(config, optimizer))
   params = sharding.parameter_shardings(mesh, axes)
   whole = sharding.replicated(mesh)
   shardings = step_lib.State(

@@ -23,6 +23,18 @@ from research.training.step import (
 )
 
 NO_LAYER = -1
+# Names of the conditionals in a compiled program, see `branch_shares`.
+LAYER, KIND = 'pipeline_layer', 'pipeline_kind'
+
+
+def too_many_places(n_layers: int, n_stages: int, n_chunks: int) -> str:
+  """Returns why a pipeline's places cannot all have a layer, '' if they can."""
+  if n_stages * n_chunks <= n_layers:
+    return ''
+  chunks = f' x compute.pipeline_chunks={n_chunks}' if n_chunks > 1 else ''
+  return (f'mesh.stage={n_stages}{chunks} makes {n_stages * n_chunks} places for '
+          f'model.n_layers={n_layers}; at most mesh.stage={max(1, n_layers // n_chunks)} has a '
+          'layer in each')
 
 
 def layer_order(n_layers: int, n_stages: int, n_chunks: int) -> np.ndarray:
@@ -34,12 +46,9 @@ def layer_order(n_layers: int, n_stages: int, n_chunks: int) -> np.ndarray:
   Raises:
     ValueError: there are more places than layers.
   """
+  if problem := too_many_places(n_layers, n_stages, n_chunks):
+    raise ValueError(problem)
   n_places = n_stages * n_chunks
-  if n_places > n_layers:
-    chunks = f' x compute.pipeline_chunks={n_chunks}' if n_chunks > 1 else ''
-    raise ValueError(
-        f'mesh.stage={n_stages}{chunks} makes {n_places} places for model.n_layers={n_layers}; '
-        f'at most mesh.stage={max(1, n_layers // n_chunks)} has a layer in each')
   counts = np.full(n_places, n_layers // n_places) + (np.arange(n_places) < n_layers % n_places)
   order_Pn = np.full((n_places, counts.max()), NO_LAYER, np.int32)
   order_Pn[np.arange(counts.max()) < counts[:, None]] = np.arange(n_layers)
@@ -72,12 +81,23 @@ def make_run_chunk(model: ModelConfig, layers_n: jax.Array, *, full: bool) -> Ca
       def run_layer():
         if len(steps) == 1:
           return steps[0](carry, inputs)
-        return jax.lax.switch(jnp.asarray(kind_N)[number], steps, carry, inputs)
-      return (run_layer() if full else
-              jax.lax.cond(number != NO_LAYER, run_layer, lambda: carry)), None
+        with jax.named_scope(KIND):
+          return jax.lax.switch(jnp.asarray(kind_N)[number], steps, carry, inputs)
+      if full:
+        return run_layer(), None
+      with jax.named_scope(LAYER):
+        return jax.lax.cond(number != NO_LAYER, run_layer, lambda: carry), None
 
     return jax.lax.scan(layer, carry, (layers_n, inputs))
   return run
+
+
+def branch_shares(model: ModelConfig, order_Pn: np.ndarray) -> dict[str, tuple[float, ...]]:
+  """Returns how often the conditionals of a chunk take each branch, by name; a mean over places."""
+  kinds = sorted(set(model.layer_kinds))
+  full = model.n_layers / order_Pn.size
+  return {LAYER: (1 - full, full),
+          KIND: tuple(model.layer_kinds.count(kind) / model.n_layers for kind in kinds)}
 
 
 def make_pipelined(config, graphdef, schedule: Schedule, order_Pn: np.ndarray,

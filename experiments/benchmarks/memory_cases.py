@@ -1,0 +1,75 @@
+"""The meshes on which predicted and compiled memory are compared: half calibrate, half judge."""
+
+import dataclasses
+from typing import Any
+
+from experiments import llama3_70b, llama3_8b, olmo3_7b, qwen3_30b_a3b
+from models.config import ModelConfig
+from parallelism.mesh import MeshConfig
+from research.config import ExperimentConfig
+
+SMALL = ModelConfig(
+    vocab_size=32_000, context_length=8192, n_layers=16, d_model=1024, n_heads=16, n_kv_heads=8,
+    d_head=64, d_ff=4096, tie_embeddings=True, compute_dtype='bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A topology and an experiment on it."""
+
+  name: str
+  topology: str
+  config: ExperimentConfig
+
+
+def case(model: str, topology: str, *, rows: int, length: int = 4096, remat: str = 'full',
+         layers: int = 0, compute: dict[str, Any] = {}, **axes: int) -> Case:
+  """Returns a case of a published or a small model.
+
+  Args:
+    model: one of the four below.
+    topology: the chips.
+    rows: of the batch.
+    length: tokens per row.
+    remat: see `ModelConfig.remat`.
+    layers: 0 keeps the model's number.
+    compute: settings of the step that differ from their defaults.
+    **axes: sizes of the mesh, 1 where not given.
+  """
+  bases = {'8b': llama3_8b, '70b': llama3_70b, 'olmo7b': olmo3_7b, 'moe30b': qwen3_30b_a3b}
+  base = bases['8b' if model == 'small' else model].get_config()
+  shape = SMALL if model == 'small' else base.model
+  shape = dataclasses.replace(shape, remat=remat, scan_layers='auto',
+                              n_layers=layers or shape.n_layers)
+  config = dataclasses.replace(
+      base, model=shape, mesh=MeshConfig(**{'data': 1, **axes}),
+      data=dataclasses.replace(base.data, batch_size=rows, sequence_length=length),
+      compute=dataclasses.replace(base.compute, **compute))
+  words = [model + (f'/{layers}' if layers else ''), topology,
+           *(f'{axis}={size}' for axis, size in axes.items()), f'{rows}x{length}', remat,
+           *(f'{field}={value}' for field, value in compute.items())]
+  return Case(' '.join(words), topology, config)
+
+
+def calibration() -> list[Case]:
+  """Returns the cases that the formulas were fitted to."""
+  v5p, v5e, v6e = 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4'
+  return [
+      case('8b', 'v5e:16x16', rows=256, length=8192, fsdp=256),
+      case('8b', 'v5p:4x4x4', rows=128, length=8192, remat='dots', fsdp=64),
+      case('8b', v6e, rows=16, layers=8, fsdp=8),
+      case('8b', v5p, rows=8, layers=4, remat='none', fsdp=8),
+      case('8b', 'v6e:4x4', rows=16, layers=16, fsdp=4, tensor=4),
+      case('8b', v5p, rows=16, layers=8, remat='dots', data=2, fsdp=2, tensor=2),
+      case('8b', v5p, rows=8, length=8192, layers=8, fsdp=4, context=2),
+      case('8b', v5p, rows=32, layers=8, stage=2, fsdp=4),
+      case('8b', v5p, rows=32, layers=8, compute={'pipeline': 'gpipe'}, stage=4, fsdp=2),
+      case('moe30b', v5p, rows=16, layers=4, expert=8),
+      case('moe30b', 'v5p:4x4x4', rows=128, fsdp=8, expert=8),
+      case('8b', v6e, rows=32, layers=4, compute={'microbatch_tokens': 4096}, fsdp=8),
+      case('small', v5e, rows=32, remat='none', fsdp=8),
+      case('small', v5e, rows=16, data=8),
+      case('small', v5e, rows=8, remat='dots', tensor=8),
+      case('8b', v5p, rows=8, layers=8, compute={'gather': 'step'}, fsdp=8),
+      case('moe30b', v5p, rows=8, layers=4, remat='none', data=4, fsdp=2),
+  ]
