@@ -126,7 +126,7 @@ def _forward(h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk, spread)
   options = z_weight, softcap, spread
   if h_TD.shape[0] <= chunk:
     sums, d_h_TD, d_u_VD = _chunk_gradients(h_TD, u_VD, targets_T, weights_T, *options)
-    return sums, (d_h_TD, d_u_VD)
+    return sums, (d_h_TD, d_u_VD.astype(u_VD.dtype))
 
   def body(totals, inputs):
     sums, d_h_TD, d_u_VD = _chunk_gradients(inputs[0], u_VD, *inputs[1:], *options)
@@ -135,14 +135,14 @@ def _forward(h_TD, u_VD, targets_T, weights_T, z_weight, softcap, chunk, spread)
   start = (CrossEntropy(*[jnp.zeros(())] * 3), jnp.zeros(u_VD.shape, jnp.float32))
   inputs = tuple(_chunked(x, chunk) for x in (h_TD, targets_T, weights_T))
   (sums, d_u_VD), d_h_NTD = jax.lax.scan(body, start, inputs)
-  return sums, (_unchunked(d_h_NTD, h_TD.shape[0]), d_u_VD)
+  return sums, (_unchunked(d_h_NTD, h_TD.shape[0]), d_u_VD.astype(u_VD.dtype))
 
 
 def _backward(z_weight, softcap, chunk, spread, gradients, cotangents: CrossEntropy):
   """Returns the residual gradients times the cotangent of the loss."""
   d_h_TD, d_u_VD = gradients
   g = cotangents.loss_sum
-  return (d_h_TD * g).astype(d_h_TD.dtype), d_u_VD * g, None, None
+  return (d_h_TD * g).astype(d_h_TD.dtype), (d_u_VD * g).astype(d_u_VD.dtype), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from parallelism.schedules import IDLE, Schedule, slots
 
 AXIS = 'stage'
+# Names of the conditionals in a compiled program, see `branch_shares`.
+FORWARD, BACKWARD = 'pipeline_forward', 'pipeline_backward'
+AT_FIRST, AT_LAST = 'pipeline_at_first', 'pipeline_at_last'
 
 
 class Parts(NamedTuple):
@@ -71,6 +74,30 @@ def _plus(tree: Any, addends: Any) -> Any:
   return jax.tree.map(lambda x, addend: x + addend.astype(x.dtype), tree, addends)
 
 
+def _cond(name: str, *arguments: Any) -> Any:
+  """Returns `jax.lax.cond(*arguments)`, under a name that the compiled program keeps."""
+  with jax.named_scope(name):
+    return jax.lax.cond(*arguments)
+
+
+def branch_shares(schedule: Schedule, stage: int | None = None) -> dict[str, tuple[float, float]]:
+  """Returns how often the conditionals of a tick take either branch when they are reached.
+
+  Shares are those of (false, true), by the conditional's name.
+
+  Args:
+    schedule: what stages do when.
+    stage: whose, None for the mean over stages.
+  """
+  S, C = schedule.n_stages, schedule.n_chunks
+  stages = range(S) if stage is None else [stage]
+  runs = schedule.n_microbatches * C / schedule.n_ticks
+  ends = {AT_FIRST: 0, AT_LAST: S - 1}
+  shares = {FORWARD: runs, BACKWARD: runs,
+            **{name: sum(s == end for s in stages) / len(stages) / C for name, end in ends.items()}}
+  return {name: (1 - share, share) for name, share in shares.items()}
+
+
 class _Stage:
   """One stage's work, traced once per program; the stage's number is a traced scalar."""
 
@@ -92,12 +119,11 @@ class _Stage:
     """Stores a chunk's input and computes its output; the last chunk's is left to backward."""
     microbatch, chunk = row.forward
     micro = _at(self.micros, microbatch)
-    x = jax.lax.cond(
-        self._is_first(chunk), lambda: self.parts.first(self.shared, micro).astype(carry.x.dtype),
-        lambda: carry.x)
-    y = jax.lax.cond(self._is_last(chunk), lambda: x,
-                     lambda: self.parts.chunk(
-                         _at(self.chunks, chunk), self._place(chunk), x, micro)[0])
+    x = _cond(
+        AT_FIRST, self._is_first(chunk),
+        lambda: self.parts.first(self.shared, micro).astype(carry.x.dtype), lambda: carry.x)
+    y = _cond(AT_LAST, self._is_last(chunk), lambda: x,
+              lambda: self.parts.chunk(_at(self.chunks, chunk), self._place(chunk), x, micro)[0])
     return carry._replace(
         x=y, stored=jax.lax.dynamic_update_index_in_dim(carry.stored, x, row.forward_slot, 0),
         ran=carry.ran.at[0].add(1))
@@ -128,9 +154,9 @@ class _Stage:
       _, vjp = jax.vjp(lambda shared: self.parts.first(shared, micro).astype(x.dtype), self.shared)
       return carry._replace(d_shared=_plus(carry.d_shared, vjp(carry.g)[0]))
 
-    carry, d_x = jax.lax.cond(self._is_last(chunk), final, inner, carry)
+    carry, d_x = _cond(AT_LAST, self._is_last(chunk), final, inner, carry)
     carry = carry._replace(g=d_x)
-    return jax.lax.cond(self._is_first(chunk), through_first, lambda carry: carry, carry)
+    return _cond(AT_FIRST, self._is_first(chunk), through_first, lambda carry: carry, carry)
 
   def _added(self, carry: Carry, chunk: jax.Array, loss, sums, d_params) -> Carry:
     """Returns the carry with a chunk's loss, sums and gradients added."""
@@ -142,9 +168,9 @@ class _Stage:
     """Runs one tick and exchanges with the neighbors; also returns what ran."""
     row = _at(rows, self.number)
     carry = carry._replace(ran=jnp.zeros_like(carry.ran))
-    carry = jax.lax.cond(row.forward[0] != IDLE, self.forward, lambda _, c: c, row, carry)
+    carry = _cond(FORWARD, row.forward[0] != IDLE, self.forward, lambda _, c: c, row, carry)
     y = carry.x
-    carry = jax.lax.cond(row.backward[0] != IDLE, self.backward, lambda _, c: c, row, carry)
+    carry = _cond(BACKWARD, row.backward[0] != IDLE, self.backward, lambda _, c: c, row, carry)
     ring = range(self.n_stages)
     onward = [(s, (s + 1) % self.n_stages) for s in ring]
     back = [(s, (s - 1) % self.n_stages) for s in ring]

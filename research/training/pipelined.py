@@ -23,6 +23,8 @@ from research.training.step import (
 )
 
 NO_LAYER = -1
+# Names of the conditionals in a compiled program, see `branch_shares`.
+LAYER, KIND = 'pipeline_layer', 'pipeline_kind'
 
 
 def too_many_places(n_layers: int, n_stages: int, n_chunks: int) -> str:
@@ -79,12 +81,23 @@ def make_run_chunk(model: ModelConfig, layers_n: jax.Array, *, full: bool) -> Ca
       def run_layer():
         if len(steps) == 1:
           return steps[0](carry, inputs)
-        return jax.lax.switch(jnp.asarray(kind_N)[number], steps, carry, inputs)
-      return (run_layer() if full else
-              jax.lax.cond(number != NO_LAYER, run_layer, lambda: carry)), None
+        with jax.named_scope(KIND):
+          return jax.lax.switch(jnp.asarray(kind_N)[number], steps, carry, inputs)
+      if full:
+        return run_layer(), None
+      with jax.named_scope(LAYER):
+        return jax.lax.cond(number != NO_LAYER, run_layer, lambda: carry), None
 
     return jax.lax.scan(layer, carry, (layers_n, inputs))
   return run
+
+
+def branch_shares(model: ModelConfig, order_Pn: np.ndarray) -> dict[str, tuple[float, ...]]:
+  """Returns how often the conditionals of a chunk take each branch, by name; a mean over places."""
+  kinds = sorted(set(model.layer_kinds))
+  full = model.n_layers / order_Pn.size
+  return {LAYER: (1 - full, full),
+          KIND: tuple(model.layer_kinds.count(kind) / model.n_layers for kind in kinds)}
 
 
 def make_pipelined(config, graphdef, schedule: Schedule, order_Pn: np.ndarray,
