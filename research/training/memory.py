@@ -90,7 +90,7 @@ class Prediction:
 
 @functools.lru_cache(maxsize=256)
 def state_leaves(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Leaf, ...]:
-  """Returns all arrays of the state of a run, parameters first (paths begin with 'params.')."""
+  """Returns all arrays of the state of a run; paths of parameters begin with 'params.'."""
   config = ExperimentConfig(
       model=model, optimizer=optimizer,  # the rest changes no shape
       data=dataclasses.replace(ExperimentConfig().data, sequence_length=model.context_length))
@@ -198,25 +198,34 @@ def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -
       n_micro, n_own, n_chunk, n_stored, chip in OPTIONS)
 
 
-def _block_bytes(step: Step) -> tuple[int, int, int, int]:
-  """Returns bytes of blocks: float32 shards of all, cast shards, one layer whole cast, in float32.
+class Blocks(NamedTuple):
+  """Bytes of the parameters of blocks.
 
-  Shards are those of the device's stage: the stages have split nothing of its layers.
+  shards: a device's parts of its layers in float32; cast: in the compute dtype, matrices only;
+  layer: the matrices of one layer as gathered, in the compute dtype.
   """
-  shards = cast = whole = 0
-  model = step.config.model
-  for leaf in state_leaves(model, step.config.optimizer):
+
+  shards: int
+  cast: int
+  layer: int
+
+
+def _block_bytes(step: Step) -> Blocks:
+  """Returns the sizes of the blocks' parameters; a stage's layers are not split over stages."""
+  shards = cast = layer = 0
+  split = ('stage',) if step.stages > 1 else ()
+  for leaf in state_leaves(step.config.model, step.config.optimizer):
     if not leaf.path.startswith('params.blocks.'):
       continue
-    n_whole = math.prod(leaf.shard(step.sizes, sharding.STORAGE['embed'][:1] + (
-        'context', 'stage') + (() if 'experts' in leaf.names else ('expert',)))[1:])
-    split = () if step.stages == 1 else ('stage',)
-    n_shard = math.prod(leaf.shard(step.sizes, split)[1:]) * step.n_own
-    shards += n_shard * F32
+    own = math.prod(leaf.shard(step.sizes, split)[1:])
+    shards += own * step.n_own * F32
     if CAST & set(leaf.names) and len(leaf.names) > 2:
-      cast += n_shard * step.itemsize
-      whole += n_whole
-  return shards, cast, whole * step.itemsize, whole * F32
+      kept = {axis for name in leaf.names if name not in sharding.GATHERED
+              for axis in sharding.STORAGE[name]}
+      gathered = tuple(axis for axis in step.sizes if axis not in kept)
+      cast += own * step.n_own * step.itemsize
+      layer += math.prod(leaf.shard(step.sizes, gathered)[1:]) * step.itemsize
+  return Blocks(shards, cast, layer)
 
 
 def saved_bytes(step: Step) -> int:
@@ -237,75 +246,115 @@ def saved_bytes(step: Step) -> int:
   if model.remat == 'dots':
     hidden = step.own * model.moe.n_experts * F32 if step.n_choices else T * F * (1 + gated) * a
     return saved + T * (q + 2 * kv + D) * a + hidden
-  _, _, whole, _ = _block_bytes(step)
+  heads = T * (2 * step.heads + 2 * step.kv_heads) * _lanes(model.d_head) * a
+  hidden = T * F * (3 + 3 * gated) * a
   if step.n_choices:
-    hidden = 0 if step.n_choices else 0
-  hidden = step.n_choices * (5 * model.moe.d_expert + 2 * D) if step.n_choices else (
-      T * F * (2 + 2 * gated))
-  norms = 2 * 2 * step.stream(F32)
-  wide = whole if math.prod(step.sizes.values()) > 1 else 0
-  return norms + 5 * T * D * a + T * (2 * q + 2 * kv) * a + hidden * a + wide
+    hidden = step.n_choices * (5 * model.moe.d_expert + 2 * D) * a
+  wide = _block_bytes(step).layer if math.prod(step.sizes.values()) > 1 else 0
+  return 4 * step.stream(F32) + 3 * T * D * a + heads + hidden + wide
 
 
 def _work_bytes(step: Step) -> dict[str, int]:
-  """Returns what the backward pass of one layer takes beside what all layers keep."""
+  """Returns what the backward pass of one layer takes beside what all layers keep.
+
+  Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced);
+  queries, keys, values, output and gradients; the residual stream, split and whole; the gathered
+  matrices under way (two of three of a feed-forward) and float32 gradients not yet scattered.
+  Experts have rows and hidden units of all exchanged rows instead.
+  """
   model, a, T, D = step.config.model, step.itemsize, step.tokens, step.config.model.d_model
   q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
-  _, _, whole, whole_f32 = _block_bytes(step)
-  gated = model.mlp in GATED
+  layer, gated = _block_bytes(step).layer, model.mlp in GATED
   hidden = T * _lanes(step.d_ff) * a * (2 + 2 * gated)
   if step.n_choices:
     hidden = step.n_choices * (4 * D + 4 * model.moe.d_expert) * a + 2 * step.stream(F32)
   return {
-      'hidden units': hidden,
-      'attention': T * (3 * q + 4 * kv) * a,
+      'hidden units': hidden, 'attention': T * (3 * q + 4 * kv) * a,
       'residual stream': 3 * step.stream() + 2 * T * D * a,
-      'gathered weights': whole * 2 // 3,
-      'weight gradients': whole_f32 * 2 // 3}
+      'gathered weights': layer * 2 // 3,
+      'weight gradients': layer * F32 // step.itemsize * 2 // 3}
 
 
-def _ends(step: Step) -> dict[str, int]:
-  """Returns the embeddings' share of the pipeline's loop: cast parts and their gradients' sums."""
-  if step.stages == 1:
-    return {}
-  parts = step.n_embeddings * step.embedding * step.stages // step.parts
-  return {"ends' parts": parts * step.itemsize, "ends' gradients": parts * F32}
+def _kept(step: Step) -> dict[str, int]:
+  """Returns what stays from a micro-batch's forward pass or from one micro-batch to the next.
+
+  What layers save, the cast shards that are gathered from (hoisted out of the loops), gradients
+  summed so far. gather='step': all blocks whole. A pipeline: the stage's own placed shards, its
+  stored inputs and three in flight, one chunk's saved inputs, cast parts of the ends and the sums
+  of their gradients, which no stage splits.
+  """
+  blocks, compute = _block_bytes(step), step.config.compute
+  ends = step.n_embeddings * step.embedding
+  kept = {'saved by layers': step.n_chunk * saved_bytes(step), 'cast shards': blocks.cast}
+  if compute.gather == 'step':
+    kept['gathered blocks'] = step.n_own * blocks.layer
+  if step.n_micro > 1:
+    kept['gradient sums'] = blocks.shards
+  if step.stages > 1:
+    parts = ends * step.stages // step.parts
+    kept |= {'stored inputs': (step.n_stored + 3) * step.stream(), 'placed shards': blocks.shards,
+             'parts of the ends': parts * step.itemsize, 'gradients of the ends': parts * F32}
+  elif step.n_micro > 1:
+    kept['gradients of the ends'] = ends * F32 // step.parts
+  return kept
+
+
+def _loss(step: Step) -> dict[str, int]:
+  """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits.
+
+  Sparse cores gather the embedding's and the unembedding's parts together, and the gradient is
+  there before and after its scaling by the cotangent.
+  """
+  model, a, U = step.config.model, step.itemsize, step.embedding
+  chunk = min(step.tokens, step.config.compute.loss_chunk)
+  return {'unembedding': U * a * (1 + (step.offloads and step.stages == 1)),
+          'unembedding gradient': U * F32 * (1 + step.offloads),
+          'logits': chunk * model.vocab_size // step.sizes['tensor'] * (F32 + a),
+          'hidden states': 3 * step.tokens * model.d_model * a}
+
+
+def _sums(step: Step) -> dict[str, int]:
+  """Returns what the sums of gradients over devices take once backward is through.
+
+  The stacked shards, twice where replicas have to agree; the embeddings' gradients in float32, one
+  of them summed and unsummed, the lookup's scattered in the compute dtype; on sparse cores what
+  the others sent. gather='step': all blocks' gradients, in the compute dtype and in float32.
+  """
+  blocks, U = _block_bytes(step), step.embedding
+  sums = {
+      'gradient shards': blocks.shards * (1 + (step.sizes['data'] > 1)),
+      'embedding gradients': U * F32 * (
+          3 if step.offloads and step.n_embeddings > 1 else 2),
+      'embedding scatter': U * step.itemsize}
+  if step.offloads:
+    sums['sums on the way'] = U * F32 * (step.parts - 1) // step.parts
+  if step.config.compute.gather == 'step':
+    whole = step.n_own * blocks.layer
+    sums['gradients of blocks'] = whole + whole * F32 // step.itemsize
+  return sums
 
 
 def predict(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Prediction:
   """Returns the memory of a training step on a mesh of TPU chips such as 'v5e' (or 'v5e:2x4').
 
+  Args:
+    config: the experiment; its `mesh` is not read.
+    sizes: devices of each mesh axis.
+    chip: its name.
+
   Raises:
     ValueError: the chip is unknown or the batch is not divided by the mesh.
   """
-  chip = find_chip(chip).name
-  step = step_counts(config, sizes, chip)
-  shards, cast, whole, _ = _block_bytes(step)
-  U, a, T, D = step.embedding, step.itemsize, step.tokens, config.model.d_model
-  kept = {'saved by layers': step.n_chunk * saved_bytes(step),
-          "stages' stored inputs": (step.n_stored + 3) * step.stream() if step.stages > 1 else 0,
-          'cast shards': cast, **_ends(step)}
-  if step.n_micro > 1:
-    kept['gradient sums'] = shards + (
-        step.n_embeddings * U * F32 // step.parts if step.stages == 1 else 0)
-  if step.stages > 1:
-    kept['placed shards'] = shards
-  logits = min(T, config.compute.loss_chunk) * config.model.vocab_size // sizes['tensor']
-  moments = {
-      'loss': kept | {
-          'unembedding': U * a * (1 + (step.offloads and step.stages == 1)),
-          'unembedding gradient': U * F32 * (1 + step.offloads),
-          'logits': logits * (F32 + a), 'hidden states': 3 * T * D * a},
-      'backward': kept | {'unembedding gradient': U * F32 * (step.stages == 1),
-                          'gradient shards': shards, **_work_bytes(step)},
-      'ends': {'gradient shards': shards * (1 + (sizes['data'] > 1)),
-               **{k: v for k, v in kept.items() if k == 'gradient sums'},
-               'embedding gradients': U * F32 * (3 if step.offloads and step.n_embeddings > 1 else 2),
-               'embedding scatter': U * a,
-               'sums on the way': U * F32 * (step.parts - 1) // step.parts if step.offloads else 0}}
-  return Prediction(argument_bytes(config, sizes), moments, usable_bytes(chip_kind(chip)))
-
-
-def chip_kind(chip: str) -> str:
-  """Returns JAX's name of a chip."""
-  return find_chip(chip).device_kinds[0]
+  chip = find_chip(chip)
+  step = step_counts(config, sizes, chip.name)
+  kept, blocks = _kept(step), _block_bytes(step)
+  still = {name: kept[name] for name in ('gradient sums', 'gradients of the ends')
+           if name in kept and step.stages == 1}
+  backward = {'gradient shards': blocks.shards, **_work_bytes(step)}
+  if step.stages == 1:
+    backward['unembedding gradient'] = step.embedding * F32
+  if config.compute.gather == 'step':
+    backward['gradients of blocks'] = step.n_own * blocks.layer
+  moments = {'loss': kept | _loss(step), 'backward': kept | backward,
+             'sums': still | _sums(step)}
+  return Prediction(argument_bytes(config, sizes), moments, usable_bytes(chip.device_kinds[0]))
