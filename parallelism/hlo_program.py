@@ -123,9 +123,14 @@ class _Reader:
   loops: Loops
   unknown_trips: int | None
 
-  def block(self, computation: Computation) -> Block:
-    """Returns the block of a computation."""
-    started: dict[str, str] = {}  # handle or chain of what is under way -> its transfer's name
+  def block(self, computation: Computation, under_way: Mapping[str, str] = {}) -> Block:
+    """Returns the block of a computation.
+
+    Args:
+      computation: whose instructions run.
+      under_way: handle or chain of what was started before it -> its transfer's name.
+    """
+    started = dict(under_way)
     nodes = [node for instruction in computation.instructions
              for node in self._nodes(computation, instruction, started)]
     return Block(computation.name, tuple(nodes))
@@ -135,14 +140,14 @@ class _Reader:
     """Yields what an instruction does."""
     opcode = instruction.opcode
     if opcode == 'while':
-      yield self._loop(computation, instruction)
+      yield self._loop(computation, instruction, started)
     elif opcode == 'conditional':
       names = instruction.called('true_computation', 'false_computation', 'branch_computations')
       yield Branch(instruction.name, instruction.source, tuple(
-          self.block(self.module.computations[name]) for name in names))
+          self.block(self.module.computations[name], started) for name in names))
     elif opcode == 'call':
       (name,) = instruction.called('to_apply', 'calls')
-      yield self.block(self.module.computations[name])
+      yield self.block(self.module.computations[name], started)
     else:
       moved = traffic(self.module, computation, instruction)
       yield from _host_transfers(instruction, moved)
@@ -151,7 +156,8 @@ class _Reader:
       else:
         yield from self._synchronous(computation, instruction, started, moved)
 
-  def _loop(self, computation: Computation, instruction: Instruction) -> Loop:
+  def _loop(self, computation: Computation, instruction: Instruction,
+            started: dict[str, str]) -> Loop:
     """Returns the loop of a while instruction."""
     trips = self.loops.trips(computation, instruction)
     if trips is None and self.unknown_trips is None:
@@ -160,7 +166,7 @@ class _Reader:
     (name,) = instruction.called('body')
     return Loop(instruction.name, instruction.source,
                 self.unknown_trips if trips is None else trips,
-                self.block(self.module.computations[name]))
+                self.block(self.module.computations[name], started))
 
   def _asynchronous(self, computation: Computation, instruction: Instruction,
                     started: dict[str, str]) -> Iterator[Node]:

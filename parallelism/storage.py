@@ -38,8 +38,13 @@ def _all_gathered(x: jax.Array, parts: Parts) -> jax.Array:
 
 def _scattered(x: jax.Array, parts: Parts) -> jax.Array:
   """Returns the device's part of the sum of x over the devices."""
+  shape = x.shape
   for dimension, axes in parts:
+    # Of more dimensions behind the scattered one the TPU compiler makes a sum of the whole.
+    x = x.reshape(*shape[:dimension + 1], -1) if len(shape) > dimension + 2 else x
     x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    shape = *shape[:dimension], x.shape[dimension], *shape[dimension + 1:]
+    x = x.reshape(shape)
   return x
 
 
