@@ -84,21 +84,21 @@ def _nearest(config: MeshConfig, n_devices: int, n_slices: int) -> str:
     ratios = sum(abs(math.log(sizes[name] / wanted[name])) for name in changed)
     return turned_on, round(ratios, 9), len(changed), -sizes['data']
 
-  fitting = [sizes for sizes in _factorizations(n_devices, AXES)
+  fitting = [sizes for sizes in factorizations(n_devices, AXES)
              if sizes['data'] * sizes['stage'] % n_slices == 0]
   best = min(fitting, key=distance)
   named = {name: size for name, size in best.items() if name in wanted}
   return f'the nearest that fits is {_product(named) or _product(best) or "mesh.data=1"}'
 
 
-def _factorizations(n: int, names: Sequence[str]) -> Iterator[dict[str, int]]:
+def factorizations(n: int, names: Sequence[str]) -> Iterator[dict[str, int]]:
   """Yields every way to write n as a product of one size per name."""
   if len(names) == 1:
     yield {names[0]: n}
     return
   for size in range(1, n + 1):
     if n % size == 0:
-      for rest in _factorizations(n // size, names[1:]):
+      for rest in factorizations(n // size, names[1:]):
         yield {names[0]: size, **rest}
 
 
