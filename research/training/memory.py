@@ -13,46 +13,22 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import numpy as np
-
-from models import transformer
-from models.config import ModelConfig
 from models.layers import GATED
 from parallelism import experts, schedules, sharding
 from parallelism.compiler_options import OPTIONS, usable_bytes
 from parallelism.hardware import find_chip
 from parallelism.storage import CAST
-from research import build as build_lib
 from research.config import ExperimentConfig
 from research.training import divisions, pipelined
-from research.training.config import OptimizerConfig
 from research.training.layout import laid_out_bytes
-from research.training.optimizers import make_optimizer
-from research.training.step import ENDS
+from research.training.leaves import Leaf, state_leaves
 
 F32 = 4
 MARGIN = 1.2  # what fits is predicted to stay below the usable memory divided by this
 BATCH = ('tokens', 'targets', 'segment_ids', 'loss_mask')  # 4 bytes per token
 READ_POSITIONS = ('rope', 'learned')  # embeddings that read the batch's positions
-
-
-class Leaf(NamedTuple):
-  """One array of the state: its shape, element size and logical names, () where replicated."""
-
-  path: str
-  shape: tuple[int, ...]
-  itemsize: int
-  names: tuple[str | None, ...]
-
-  def shard(self, sizes: Mapping[str, int], without: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Returns the shape of a device's part, whole over the axes `without`."""
-    names = self.names or (None,) * len(self.shape)
-    return tuple(
-        n // math.prod(sizes[axis] for axis in sharding.STORAGE[name] if axis not in without)
-        for n, name in zip(self.shape, names, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,27 +64,15 @@ class Prediction:
     return self.peak * MARGIN <= self.usable
 
 
-@functools.lru_cache(maxsize=256)
-def state_leaves(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Leaf, ...]:
-  """Returns all arrays of the state of a run; paths of parameters begin with 'params.'."""
-  config = ExperimentConfig(
-      model=model, optimizer=optimizer,  # the rest changes no shape
-      data=dataclasses.replace(ExperimentConfig().data, sequence_length=model.context_length))
-  axes = transformer.logical_axes(model)
-  shapes = jax.eval_shape(
-      lambda: build_lib.fresh_state(config, make_optimizer(optimizer, axes)))
-  names = [*jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)), ()]
-  which = sharding.mirrored(shapes, shapes.params, list(range(len(names) - 1)), -1)
-  return tuple(
-      Leaf(sharding.path_name(path), leaf.shape, leaf.dtype.itemsize, names[index])
-      for (path, leaf), index in zip(
-          jax.tree.leaves_with_path(shapes), jax.tree.leaves(which), strict=True))
+@functools.lru_cache(maxsize=4096)
+def _state_bytes(leaves: tuple[Leaf, ...], sizes: tuple[tuple[str, int], ...]) -> int:
+  """Returns the bytes of a device's part of the state."""
+  return sum(laid_out_bytes(leaf.shard(dict(sizes)), leaf.itemsize) for leaf in leaves)
 
 
 def argument_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> int:
   """Returns the bytes of the state and the batch, exact with the padding of their tiles."""
-  state = sum(laid_out_bytes(leaf.shard(sizes), leaf.itemsize)
-              for leaf in state_leaves(config.model, config.optimizer))
+  state = _state_bytes(state_leaves(config.model, config.optimizer), tuple(sizes.items()))
   rows = config.data.batch_size // divisions.replicas(sizes)
   tokens = config.data.sequence_length // sizes['context']
   n_arrays = len(BATCH) + (config.model.positions in READ_POSITIONS)
@@ -212,20 +176,29 @@ class Blocks(NamedTuple):
 
 def _block_bytes(step: Step) -> Blocks:
   """Returns the sizes of the blocks' parameters; a stage's layers are not split over stages."""
-  shards = cast = layer = 0
-  split = ('stage',) if step.stages > 1 else ()
-  for leaf in state_leaves(step.config.model, step.config.optimizer):
+  leaves = state_leaves(step.config.model, step.config.optimizer)
+  shard, cast, layer = _layer_elements(leaves, tuple(step.sizes.items()))
+  return Blocks(shard * step.n_own * F32, cast * step.n_own * step.itemsize, layer * step.itemsize)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer_elements(leaves: tuple[Leaf, ...], sizes: tuple[tuple[str, int], ...]
+                    ) -> tuple[int, int, int]:
+  """Returns elements of one layer: a device's part, its part of matrices, matrices as gathered."""
+  shard = cast = layer = 0
+  of_mesh = dict(sizes)
+  for leaf in leaves:
     if not leaf.path.startswith('params.blocks.'):
       continue
-    own = math.prod(leaf.shard(step.sizes, split)[1:])
-    shards += own * step.n_own * F32
+    own = math.prod(leaf.shard(of_mesh, ('stage',))[1:])
+    shard += own
     if CAST & set(leaf.names) and len(leaf.names) > 2:
       kept = {axis for name in leaf.names if name not in sharding.GATHERED
               for axis in sharding.STORAGE[name]}
-      gathered = tuple(axis for axis in step.sizes if axis not in kept)
-      cast += own * step.n_own * step.itemsize
-      layer += math.prod(leaf.shard(step.sizes, gathered)[1:]) * step.itemsize
-  return Blocks(shards, cast, layer)
+      gathered = tuple(axis for axis in of_mesh if axis not in kept)
+      cast += own
+      layer += math.prod(leaf.shard(of_mesh, gathered)[1:])
+  return shard, cast, layer
 
 
 def saved_bytes(step: Step) -> int:
