@@ -6,15 +6,10 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
-
-from models import transformer
 from models.config import ModelConfig
 from parallelism import sharding
 from research import build as build_lib
-from research.config import ExperimentConfig
 from research.training.config import OptimizerConfig
-from research.training.optimizers import make_optimizer
 
 
 class Leaf(NamedTuple):
@@ -42,15 +37,4 @@ def state_leaves(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Leaf, 
 @functools.lru_cache(maxsize=64)
 def _state_leaves(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Leaf, ...]:
   """Returns the arrays of a model whose placement settings are the defaults."""
-  config = ExperimentConfig(
-      model=model, optimizer=optimizer,  # the rest changes no shape
-      data=dataclasses.replace(ExperimentConfig().data, sequence_length=model.context_length))
-  axes = transformer.logical_axes(model)
-  shapes = jax.eval_shape(
-      lambda: build_lib.fresh_state(config, make_optimizer(optimizer, axes)))
-  names = [*jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)), ()]
-  which = sharding.mirrored(shapes, shapes.params, list(range(len(names) - 1)), -1)
-  return tuple(
-      Leaf(sharding.path_name(path), leaf.shape, leaf.dtype.itemsize, names[index])
-      for (path, leaf), index in zip(
-          jax.tree.leaves_with_path(shapes), jax.tree.leaves(which), strict=True))
+  return tuple(Leaf(*facts) for facts in build_lib.state_facts(model, optimizer))

@@ -31,13 +31,17 @@ from research.training.traffic import least_bytes
 
 LEAST_TOKENS = 512  # of a row on a device of mesh.context or, between branches, of mesh.tensor
 F32 = 4
+# The rest was counted in roofline estimates of compiled steps of a model of width 2,048 on v5e:2x4.
 # Times that a layer's activations pass through the memory outside of matrix products, forward and
-# backward: of width D, and of the hidden width F.
-STREAM_PASSES, HIDDEN_PASSES = 12, 4
+# backward: of width D, and of the hidden width F; float32 outputs per further step of a ring.
+STREAM_PASSES, HIDDEN_PASSES, RING_PASSES = 12, 4, 16
 # Passes over float32 state and gradients in an update: norm, moments and parameters read, written.
 UPDATE_PASSES = 8
-# Axes whose collectives compute waits for; the others' run beside it.
-WAITED_FOR = ('tensor', 'expert', 'stage')
+# Keys that attention's kernels compute beyond those a query sees: the blocks on the diagonal.
+MASKED_KEYS = 512
+# Shares of the network's time that a device waits for: gathers and scatters of parameters, the
+# tensor axis's of activations, what stages hand on, what a ring's sends take beyond its attention.
+PARAMETERS, TENSOR, STAGES, RING = 0.65, 0.8, 0.85, 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +74,22 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Seconds of one device and step: compute, memory, by mesh axis, and a pipeline's bubble."""
+  """Seconds of one device and step.
+
+  compute; memory: passes outside of matrix products; network: by mesh axis, for which it is busy;
+  waits: for the network; bubble: the share of the step that a stage idles.
+  """
 
   compute: float
   memory: float
   network: Mapping[str, float]
+  waits: float
   bubble: float
 
   @property
   def seconds(self) -> float:
-    """Those of the step.
-
-    Compute and memory come one after the other, as do what is waited for; transfers along other
-    axes run beside them, and what they take longer is waited for at the end.
-    """
-    waited = sum(self.network.get(axis, 0.0) for axis in WAITED_FOR)
-    beside = max((s for axis, s in self.network.items() if axis not in WAITED_FOR), default=0.0)
-    return max(self.compute + self.memory, beside) / (1 - self.bubble) + waited
+    """Those of the step."""
+    return (self.compute + self.memory + self.waits) / (1 - self.bubble)
 
   @property
   def bound(self) -> str:
@@ -182,19 +185,49 @@ def step_work(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int, 
     bubble = schedules.bubble(
         schedules.schedule(config.compute.pipeline, sizes['stage'], n_micro,
                            config.compute.pipeline_chunks), 2, 4 + (config.model.remat != 'none'))
-  return Work(
-      executed_flops(config, sizes) * chip.devices / chip.bf16_flops,
-      memory_bytes(config, sizes) * chip.devices / chip.hbm_bytes_per_second,
-      network_seconds(config, sizes, n_micro, network), bubble)
+  rate = chip.bf16_flops / chip.devices
+  products, attention = (flops / rate for flops in executed_flops(config, sizes))
+  sent = {key: network.seconds(Collective('', key[0], n_bytes, 0, key[1], ''))
+          for key, n_bytes in least_bytes(config, sizes, n_micro).items()}
+  busy: dict[str, float] = {}
+  for (_, axes), seconds in sent.items():
+    for axis in axes:
+      busy[axis] = busy.get(axis, 0.0) + seconds
+  return Work(products + attention,
+              memory_bytes(config, sizes) * chip.devices / chip.hbm_bytes_per_second, busy,
+              _waits(sent, products + attention, attention), bubble)
 
 
-def executed_flops(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
-  """Returns the FLOPs of a device in a step, recomputation counted.
+def _waits(sent: Mapping[tuple[str, tuple[str, ...]], float], compute: float, attention: float
+           ) -> float:
+  """Returns the seconds that a device waits for collectives, of their seconds by kind and axes.
+
+  Sums over replicas come when nothing is left to compute, exchanges when all wait for them. What
+  parameters take beyond all compute cannot hide.
+  """
+  waits, parameters = 0.0, 0.0
+  for (kind, axes), seconds in sent.items():
+    if axes == ('tensor',):
+      waits += TENSOR * seconds
+    elif kind == 'collective-permute' and axes == ('context',):
+      waits += RING * max(0.0, seconds - attention)
+    elif kind == 'collective-permute':
+      waits += STAGES * seconds
+    elif kind in ('all-gather', 'reduce-scatter'):
+      parameters += seconds
+    else:
+      waits += seconds
+  return waits + max(PARAMETERS * parameters, parameters - compute)
+
+
+def executed_flops(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
+  """Returns the FLOPs of a device in a step, of matrix products and of attention, all that run.
 
   Backward has two products per product of forward; attention's kernels have seven for two (scores
   are computed anew for queries and for keys). The logits' gradients come with the logits. remat
   'full' runs a layer's forward again but for its last product, 'dots' its attention. A pipeline
-  runs a chunk's forward once more, but for the last place.
+  runs a chunk's forward once more, but for the last place, which has the logits: the busier of
+  the last stage and the others counts.
   """
   model, length = config.model, config.data.sequence_length
   n_tokens = config.data.batch_size * length / math.prod(sizes.values())
@@ -204,10 +237,18 @@ def executed_flops(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
   logits = 2 * model.d_model * model.vocab_size
   products = whole - logits - attention
   down = 2 * model.d_model * _hidden_width(model) * model.n_layers
-  places = sizes['stage'] * config.compute.pipeline_chunks
-  again = 0.0 if sizes['stage'] == 1 else 1 - 1 / places
-  recomputed = {'none': 0.0, 'dots': attention, 'full': products - down + attention}[model.remat]
-  return n_tokens * (3 * logits + (3 + again) * products + (4.5 + again) * attention + recomputed)
+  kernels = attention * (1 + MASKED_KEYS * model.n_layers / visible)
+  recomputed, attended = {'none': (0.0, 4.5), 'dots': (0.0, 5.5),
+                          'full': (products - down, 5.5)}[model.remat]
+
+  def on_stage(again: float, n_logits: float) -> tuple[float, float]:
+    return (n_tokens * (3 * n_logits * logits + (3 + again) * products + recomputed),
+            n_tokens * (attended + again) * kernels)
+
+  n_stages = sizes['stage']
+  if n_stages == 1:
+    return on_stage(0.0, 1.0)
+  return max(on_stage(1.0, 0.0), on_stage(1 - 1 / config.compute.pipeline_chunks, n_stages), key=sum)
 
 
 def _hidden_width(model: ModelConfig) -> int:
@@ -229,21 +270,13 @@ def memory_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
   own = n_tokens / (tensor if config.compute.sequence else 1)
   layer = (STREAM_PASSES * own * model.d_model + HIDDEN_PASSES * n_tokens
            * _hidden_width(model) / tensor) * step.itemsize
+  if sizes['context'] > 1 and config.compute.context == 'ring':
+    layer += (RING_PASSES * (sizes['context'] - 1) * n_tokens * model.n_heads * model.d_head
+              / tensor * F32 / runs)
   logits = n_tokens / sizes['stage'] * model.vocab_size / tensor * 4 * F32
   state = sum(math.prod(leaf.shard(sizes)) * F32
               for leaf in state_leaves(model, config.optimizer) if leaf.path.startswith('params.'))
   return runs * layer * model.n_layers + logits + UPDATE_PASSES * state
-
-
-def network_seconds(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int,
-                    network: Network) -> dict[str, float]:
-  """Returns how long each mesh axis is busy with the least bytes that a step has to send."""
-  busy: dict[str, float] = {}
-  for (kind, axes), sent in least_bytes(config, sizes, n_micro).items():
-    seconds = network.seconds(Collective('', kind, sent, 0, axes, ''))
-    for axis in axes:
-      busy[axis] = busy.get(axis, 0.0) + seconds
-  return busy
 
 
 def table(candidates: Sequence[Candidate]) -> str:
