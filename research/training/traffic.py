@@ -27,7 +27,6 @@ from typing import Any
 
 import jax
 
-from models import transformer
 from models.dispatch import capacity
 from parallelism import experts, schedules
 from parallelism.collectives import wire_bytes
@@ -36,6 +35,7 @@ from parallelism.sharding import ACTIVATIONS, GATHERED, STORAGE
 from parallelism.storage import CAST, STAGE
 from parallelism.zigzag import arms
 from research.config import ExperimentConfig
+from research.training.leaves import state_leaves
 from research.training.pipelined import layer_order
 from research.training.step import ENDS
 
@@ -139,11 +139,10 @@ def least_bytes(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int
 
 def _parameters(plan: _Plan) -> None:
   """Adds gathers, scatters and sums of all parameters and gradients."""
-  names = transformer.logical_axes(plan.config.model)
-  for (path, leaf), leaf_names in zip(
-      jax.tree.leaves_with_path(transformer.abstract_params(plan.config.model)),
-      jax.tree.leaves(names, is_leaf=lambda leaf: isinstance(leaf, tuple)), strict=True):
-    _parameter(plan, path[0].key in ENDS, path[-1].key, math.prod(leaf.shape), leaf_names)
+  for leaf in state_leaves(plan.config.model, plan.config.optimizer):
+    tree, *path = leaf.path.split('.')
+    if tree == 'params':
+      _parameter(plan, path[0] in ENDS, path[-1], math.prod(leaf.shape), leaf.names)
 
 
 def _parameter(plan: _Plan, is_end: bool, name: str, n: int, names: tuple[Any, ...]) -> None:
