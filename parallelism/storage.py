@@ -11,14 +11,12 @@ import functools
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
 from parallelism.sharding import GATHERED, STORAGE, TOKEN_AXES, Names
 
-LABEL = 'gathered'  # what remat policies know gathered parameters by
 STAGE = 'stage'
 # Axes of matrices that models cast to their compute dtype where they use them.
 CAST = frozenset(('mlp', 'heads', 'kv_heads', 'vocab', 'experts'))
@@ -56,8 +54,12 @@ def _gathered(x: jax.Array, parts: Parts, wire: str, reduced_in: str) -> jax.Arr
 
 
 def _gathered_forward(x, parts, wire, reduced_in):
-  """Returns all parts of x, and an empty array that remembers its dtype."""
-  return _gathered(x, parts, wire, reduced_in), jnp.zeros((0,), x.dtype)
+  """Returns all parts of x, and an empty array that remembers its dtype.
+
+  The gathers are bare, so that `forgets_gathered` sees them.
+  """
+  del reduced_in
+  return _all_gathered(x.astype(wire), parts), jnp.zeros((0,), x.dtype)
 
 
 def _gathered_backward(parts, wire, reduced_in, like, g):
@@ -67,6 +69,14 @@ def _gathered_backward(parts, wire, reduced_in, like, g):
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def forgets_gathered(primitive: Any, *unused_inputs: Any, **unused_options: Any) -> bool:
+  """A policy of `jax.checkpoint` that saves all but gathered arrays and other views of arrays.
+
+  What is a reshaped or a cast parameter is not told from other arrays: both are cheap again.
+  """
+  return primitive.name not in ('all_gather', 'reshape', 'convert_element_type')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +115,14 @@ class Storage:
       if not parts:
         return x
       wire = self.wire if CAST & set(leaf_names) else x.dtype.name
-      return checkpoint_name(_gathered(x, parts, wire, self.reduced_in), LABEL)
+      return _gathered(x, parts, wire, self.reduced_in)
     return self._over(gather, names, params)
 
   def scattered(self, gradients: Any, names: Any, without: tuple[str, ...] = ()) -> Any:
     """Returns the device's parts of summed gradients of what `gathered` returned, float32."""
     def scatter(leaf_names, g):
-      g = g.astype(self.reduced_in)
-      return _scattered(g, self._parts(leaf_names, without)).astype(jnp.float32)
+      parts = self._parts(leaf_names, without)
+      return _scattered(g.astype(self.reduced_in), parts).astype(jnp.float32) if parts else g
     return self._over(scatter, names, gradients)
 
   def summed(self, gradients: Any, names: Any) -> Any:

@@ -21,6 +21,7 @@ from research.data.tokenizers import Tokenizer
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader, cast
+from research.training.divisions import replicas
 
 BATCH_ROWS = 64  # rows generated at a time, at most
 
@@ -86,7 +87,7 @@ def sample_run(
     built = _build(config)
     params = built.place_params(SnapshotReader(run_dir.snapshots).params(step, built.params))
     params, write = cast(params, 'float32'), built.in_mesh(generate)
-    for rows, batch in _batches(encoded, n_samples, _replicas(built.mesh)):
+    for rows, batch in _batches(encoded, n_samples, replicas(built.mesh.shape)):
       generated = write(built.graphdef, params, batch, max_tokens=max_tokens, sampling=sampling,
                         stop=stop_ids, seed=seed)
       for (p, i), tokens_T, n, stopped in zip(rows, *map(np.asarray, generated)):
@@ -105,29 +106,26 @@ def _mesh(config: config_lib.ExperimentConfig) -> Mesh:
     return make_mesh(MeshConfig(fsdp=math.gcd(len(jax.devices()), config.model.d_model)))
 
 
-def _replicas(mesh: Mesh) -> int:
-  """Returns how many parts the mesh splits a batch into."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
-
-
 def _build(config: config_lib.ExperimentConfig) -> build_lib.Build:
   """Returns the model of a run for the devices at hand, whatever it was trained on."""
   mesh = _mesh(config)
   return build_lib.build(dataclasses.replace(
       config, model=dataclasses.replace(config.model, attention='auto', scan_layers='auto'),
-      # Rows are batched here; those of training need not suit this mesh.
-      data=dataclasses.replace(config.data, batch_size=_replicas(mesh))), mesh, {})
+      # Rows are batched here; those of training, and how its step cuts them, need not suit this mesh.
+      data=dataclasses.replace(config.data, batch_size=replicas(mesh.shape)),
+      compute=dataclasses.replace(config.compute, microbatch_tokens=0, pipeline='1f1b',
+                                  pipeline_chunks=1)), mesh, {})
 
 
 def _batches(
     encoded: list[list[int]], n_samples: int,
-    replicas: int) -> Iterator[tuple[list[tuple[int, int]], Prompts]]:
+    n_replicas: int) -> Iterator[tuple[list[tuple[int, int]], Prompts]]:
   """Yields (prompt, sample number) of rows and the rows, filled up to what the mesh divides."""
   wanted = [(p, i) for p in range(len(encoded)) for i in range(n_samples)]
-  size = max(BATCH_ROWS // replicas, 1) * replicas
+  size = max(BATCH_ROWS // n_replicas, 1) * n_replicas
   for start in range(0, len(wanted), size):
     rows = wanted[start:start + size]
-    whole = rows + [rows[-1]] * (-len(rows) % replicas)
+    whole = rows + [rows[-1]] * (-len(rows) % n_replicas)
     # The same number draws differently after different prompts.
     numbers = [(zlib.crc32(np.int32(encoded[p]).tobytes()) + i) % 2**31 for p, i in whole]
     yield rows, make_prompts([encoded[p] for p, _ in whole], numbers)

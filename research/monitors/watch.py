@@ -16,6 +16,7 @@ from research.monitors.microworld_items import microworld_items
 from research.monitors.scoring import Scorer, Scores
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader, cast
+from research.training.divisions import replicas
 
 
 def suite_items(config: ExperimentConfig) -> list[MonitorItem]:
@@ -33,11 +34,9 @@ def make_scorer(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | 
 
   `start_id` is the token that stood before every document in training, None where none did.
   """
-  replicas = built.mesh.shape['data'] * built.mesh.shape['fsdp']
   return Scorer(items, tokenizer, built.graphdef, context_length=config.model.context_length,
-                batch_rows=config.monitors.batch_rows, row_multiple=replicas,
-                start_id=start_id,
-                constrain=built.constrain)
+                batch_rows=config.monitors.batch_rows, row_multiple=replicas(built.mesh.shape),
+                start_id=start_id, constrain=built.constrain)
 
 
 def score_snapshot(scorer: Scorer, built: Build, stored: Any) -> Scores:

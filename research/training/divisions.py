@@ -79,7 +79,7 @@ def row_problem(config: ExperimentConfig, sizes: Sizes) -> str:
   compute = config.compute
   chunks = 2 if sizes['context'] > 1 and compute.context == 'ring' else 1
   tensor = sizes['tensor'] if compute.sequence else 1
-  length, parts = config.data.sequence_length, chunks * sizes['context'] * tensor
+  length, parts = config.data.sequence_length, sizes['context'] * math.lcm(chunks, tensor)
   if length % parts:
     axes = ('context', 'tensor') if tensor > 1 else ('context',)
     ring = ' in two chunks per device of the ring' if chunks > 1 else ''
@@ -94,6 +94,9 @@ def row_problem(config: ExperimentConfig, sizes: Sizes) -> str:
         f"compute.context='ring' sends by collective permutes, in which all devices take part at "
         f'once; the mesh.stage={sizes["stage"]} stages of a pipeline do not: '
         "compute.context='all_to_all' works there")
+  if compute.pipeline_chunks > 1 and sizes['stage'] == 1:
+    return (f'compute.pipeline_chunks={compute.pipeline_chunks} is of a pipeline and mesh.stage=1 is '
+            'none; set mesh.stage to 2 or more, or the chunks to 1')
   if config.model.moe.n_experts and sizes['tensor'] > 1 and not compute.sequence:
     return (f'compute.sequence=False leaves every one of mesh.tensor={sizes["tensor"]} '
             'devices with the same tokens; experts need compute.sequence=True there')
@@ -121,5 +124,5 @@ def problems(config: ExperimentConfig, sizes: Sizes, shapes: Any, names: Any) ->
       sharding.indivisible(sizes, shapes, names),
       experts.uneven_experts(config.model.moe.n_experts, group) if group else '',
       pipelined.too_many_places(config.model.n_layers, sizes['stage'],
-                                compute.pipeline_chunks if sizes['stage'] > 1 else 1)]
+                                compute.pipeline_chunks)]
   yield from filter(None, found)

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import contenders, flax_step, modehop_step, rounds, run_cost, shapes
+from experiments.benchmarks import (
+    ablation,
+    contenders,
+    flax_step,
+    modehop_step,
+    rounds,
+    run_cost,
+    shapes,
+)
 from experiments.benchmarks.estimates import estimate
 from research.errors import UserError
 from research.training.step import make_loss
@@ -247,3 +255,16 @@ def test_without_pytorch_the_others_are_measured(monkeypatch, capsys):
   assert contenders.measurable(['a'], of_torch='torch') == ['a']
   with pytest.raises(UserError, match='names nobody who can be measured'):
     contenders.measurable(['torch'], of_torch='torch')
+
+
+def test_every_ablation_changes_the_program(model):
+  built, weights, batch = model
+  batch = built.place_batch(modehop_step.full_batch(batch))
+
+  def text(variant) -> str:
+    return variant.in_mesh(variant.jitted_step().lower)(built.abstract_state, batch).as_text()
+
+  variants = ablation._variants(built)
+  assert variants.keys() == ablation.VARIANTS.keys()
+  texts = {name: text(variant) for name, variant in variants.items() if name != 'in one micro-batch'}
+  assert len({text(built), *texts.values()}) == 1 + len(texts)

@@ -165,12 +165,15 @@ def update(case: Case, optimizer: OptimizerConfig):
 def check_equal(case_: Case, optimizer: OptimizerConfig) -> None:
   expected, expected_metrics, _ = update(case(case_.model), optimizer)
   moved, metrics, _ = update(case_, optimizer)
+  expected_metrics, metrics = dict(expected_metrics), dict(metrics)
   assert moved.keys() == expected.keys()
   for name, want in expected.items():
     norm = np.linalg.norm(want)
     assert norm > 0, f'{name} did not move: its gradient is zero'
     error = np.linalg.norm(moved[name] - want) / norm
     assert error <= TOLERANCE, f'{name}: relative error {error:.1e}'
+  rounds = {found.pop('expert_rounds', None) for found in (expected_metrics, metrics)}
+  assert rounds == {None} or rounds == {0} or min(rounds) == 0 and max(rounds) >= 1
   for name, want in expected_metrics.items():
     assert abs(metrics[name] - want) <= TOLERANCE * max(1, abs(want)), name
 
