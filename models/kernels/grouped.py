@@ -1,9 +1,10 @@
 """Owns grouped products: blocks of sorted rows, each times the matrix of its expert.
 
-A product takes rows [N, K] sorted by expert, matrices [X, K, F] and the number of rows of each
-expert, int32 [X]; it returns [N, F] in the dtype of the rows. Rows beyond the blocks are left open:
-they may hold anything, in the operands, the result and the gradients, and reach no other row and
-no gradient of a matrix. Whoever reads rows masks them, which costs nothing in a sum that follows.
+A product takes rows [N, K] sorted by expert, matrices [X, K, F] and the number of rows of
+each expert, int32 [X]; it returns [N, F] in the dtype of the rows. Rows beyond the blocks are
+left open: they may hold anything, in the operands, the result and the gradients, and reach no
+other row and no gradient of a matrix. Whoever reads rows masks them, which costs nothing in a
+sum that follows.
 """
 
 import functools
@@ -164,7 +165,7 @@ def _visits(sizes_X: jax.Array, height: int) -> tuple[jax.Array, Callable]:
 
 
 def _height(n_rows: int, n_experts: int) -> int:
-  """Returns the rows of a block: at most half an expert's mean number, so that few are wasted."""
+  """Returns the rows of a block: half an expert's mean number or less, to waste few."""
   half = max(16, n_rows // n_experts // 2)
   return min(2 ** (half.bit_length() - 1), 128)
 
