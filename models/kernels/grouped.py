@@ -95,13 +95,22 @@ def _padded(x_NK: jax.Array, tile: Tiling) -> jax.Array:
   return jnp.pad(x_NK, ((0, extra), (0, 0))) if extra else x_NK
 
 
+def _exactly(dtype: jnp.dtype):
+  """Returns the context in which the kernels keep all bits of operands of a dtype.
+
+  They take no 'high', and for bfloat16, which has no more bits, no 'highest'.
+  """
+  return jax.default_matmul_precision('highest' if dtype == jnp.float32 else 'default')
+
+
 def _times(x_NK, weight_XKF, sizes_X, interpret: bool, transposed: bool = False) -> jax.Array:
   """Returns the product, or that with the transposed matrices."""
   n_experts, *shape = weight_XKF.shape
   k, f = reversed(shape) if transposed else shape
   tile = tiling(x_NK.shape[0], k, f, n_experts, x_NK.dtype.itemsize, False)
-  out_NF = gmm(_padded(x_NK, tile), weight_XKF, sizes_X, x_NK.dtype, tuple(tile),
-               transpose_rhs=transposed, interpret=interpret)
+  with _exactly(x_NK.dtype):
+    out_NF = gmm(_padded(x_NK, tile), weight_XKF, sizes_X, x_NK.dtype, tuple(tile),
+                 transpose_rhs=transposed, interpret=interpret)
   return out_NF[: x_NK.shape[0]]
 
 
@@ -122,8 +131,9 @@ def _megablox_backward(interpret, saved, g_NF):
   d_x_NK = _times(g_NF, weight_XKF, sizes_X, interpret, transposed=True)
   n_experts, k, f = weight_XKF.shape
   tile = tiling(x_NK.shape[0], k, f, n_experts, x_NK.dtype.itemsize, True)
-  d_weight_XKF = tgmm(_padded(x_NK, tile).T, _padded(g_NF, tile), sizes_X, weight_XKF.dtype,
-                      tuple(tile), interpret=interpret)
+  with _exactly(x_NK.dtype):
+    d_weight_XKF = tgmm(_padded(x_NK, tile).T, _padded(g_NF, tile), sizes_X, weight_XKF.dtype,
+                        tuple(tile), interpret=interpret)
   return d_x_NK, d_weight_XKF, None
 
 

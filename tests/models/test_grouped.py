@@ -118,8 +118,8 @@ def test_the_hardware_chooses_and_a_name_decides():
     MoEConfig(product='dense')
 
 
-def compiled_flops(topology, product, n_rows, k, f, n_experts):
-  """Returns FLOPs of a device by our analysis, of a product and its gradients in bfloat16."""
+def compiled_flops(topology, product, n_rows, k, f, n_experts, dtype=jnp.bfloat16):
+  """Returns FLOPs of a device by our analysis, of a product and its gradients."""
   mesh = compile_only_mesh(topology, MeshConfig(data=8))
 
   def local(x_NK, weight_1XKF, sizes_1X, g_NF):
@@ -127,7 +127,7 @@ def compiled_flops(topology, product, n_rows, k, f, n_experts):
       product, x_NK, weight_1XKF[0], g_NF, sizes_1X[0])
     return out_NF, d_x_NK, d_weight_XKF[None]
 
-  def of(*shape, dtype=jnp.bfloat16):
+  def of(*shape, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P('data')))
 
   mapped = jax.shard_map(local, mesh=mesh, in_specs=P('data'), out_specs=P('data'),
@@ -144,6 +144,15 @@ def test_tpu_kernels_fit_and_count_each_row_for_one_expert(topology):
   n_rows, k, f = 2048, 1024, 768
   got = compiled_flops(topology, grouped.megablox, n_rows, k, f, 16)
   assert got == pytest.approx(3 * 2 * n_rows * k * f, rel=0.01)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('precision', ['high', 'highest'])
+def test_tpu_kernels_compile_at_every_precision(precision, dtype):
+  pytest.importorskip('libtpu')
+  with jax.default_matmul_precision(precision):
+    got = compiled_flops('v5e:2x4', grouped.megablox, 512, 256, 256, 4, dtype)
+  assert got == pytest.approx(3 * 2 * 512 * 256 * 256, rel=0.01)
 
 
 def test_xlas_own_product_is_dense_on_v5e():
