@@ -84,10 +84,11 @@ def _summed_choices(x_AD: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array) ->
 
 @jax.custom_vjp
 def copied(x_TD: jax.Array, order_A: jax.Array, rank_TR: jax.Array, taken_TR: jax.Array):
-  """Returns a copy of a token's row for each of its choices, [T * R, D], in an order of choices.
+  """Returns a copy of a token's row for each of its choices, [T * R, D], in their order.
 
-  Choice t * R + r comes at place `rank_TR`; cotangents of choices that are not taken are
-  left out. Backward gathers, where autodiff would scatter; `merged` is its transpose.
+  `order_A` lists choices t * R + r, each of which comes at place `rank_TR`. Cotangents of
+  choices that are not taken are left out. Backward gathers, where autodiff would scatter;
+  `merged` is its transpose.
   """
   return _rows(x_TD, order_A // rank_TR.shape[1])
 
@@ -123,7 +124,7 @@ def counts(index_N: jax.Array, length: int) -> jax.Array:
 
 @jax.custom_vjp
 def permuted(x_N: jax.Array, order_N: jax.Array, rank_N: jax.Array) -> jax.Array:
-  """Returns numbers in another order, of which `rank_N` is the inverse; backward gathers too."""
+  """Returns numbers in another order, with `rank_N` its inverse; backward gathers too."""
   return _rows(x_N, order_N)
 
 

@@ -1,9 +1,10 @@
 """Owns grouped products: blocks of sorted rows, each times the matrix of its expert.
 
-A product takes rows [N, K] sorted by expert, matrices [X, K, F] and the number of rows of each
-expert, int32 [X]; it returns [N, F] in the dtype of the rows. Rows beyond the blocks are left open:
-they may hold anything, in the operands, the result and the gradients, and reach no other row and
-no gradient of a matrix. Whoever reads rows masks them, which costs nothing in a sum that follows.
+A product takes rows [N, K] sorted by expert, matrices [X, K, F] and the number of rows of
+each expert, int32 [X]; it returns [N, F] in the dtype of the rows. Rows beyond the blocks are
+left open: they may hold anything, in the operands, the result and the gradients, and reach no
+other row and no gradient of a matrix. Whoever reads rows masks them, which costs nothing in a
+sum that follows.
 """
 
 import functools
@@ -94,13 +95,22 @@ def _padded(x_NK: jax.Array, tile: Tiling) -> jax.Array:
   return jnp.pad(x_NK, ((0, extra), (0, 0))) if extra else x_NK
 
 
+def _exactly(dtype: jnp.dtype):
+  """Returns the context in which the kernels keep all bits of operands of a dtype.
+
+  They take no 'high', and for bfloat16, which has no more bits, no 'highest'.
+  """
+  return jax.default_matmul_precision('highest' if dtype == jnp.float32 else 'default')
+
+
 def _times(x_NK, weight_XKF, sizes_X, interpret: bool, transposed: bool = False) -> jax.Array:
   """Returns the product, or that with the transposed matrices."""
   n_experts, *shape = weight_XKF.shape
   k, f = reversed(shape) if transposed else shape
   tile = tiling(x_NK.shape[0], k, f, n_experts, x_NK.dtype.itemsize, False)
-  out_NF = gmm(_padded(x_NK, tile), weight_XKF, sizes_X, x_NK.dtype, tuple(tile),
-               transpose_rhs=transposed, interpret=interpret)
+  with _exactly(x_NK.dtype):
+    out_NF = gmm(_padded(x_NK, tile), weight_XKF, sizes_X, x_NK.dtype, tuple(tile),
+                 transpose_rhs=transposed, interpret=interpret)
   return out_NF[: x_NK.shape[0]]
 
 
@@ -121,8 +131,9 @@ def _megablox_backward(interpret, saved, g_NF):
   d_x_NK = _times(g_NF, weight_XKF, sizes_X, interpret, transposed=True)
   n_experts, k, f = weight_XKF.shape
   tile = tiling(x_NK.shape[0], k, f, n_experts, x_NK.dtype.itemsize, True)
-  d_weight_XKF = tgmm(_padded(x_NK, tile).T, _padded(g_NF, tile), sizes_X, weight_XKF.dtype,
-                      tuple(tile), interpret=interpret)
+  with _exactly(x_NK.dtype):
+    d_weight_XKF = tgmm(_padded(x_NK, tile).T, _padded(g_NF, tile), sizes_X, weight_XKF.dtype,
+                        tuple(tile), interpret=interpret)
   return d_x_NK, d_weight_XKF, None
 
 
@@ -164,7 +175,7 @@ def _visits(sizes_X: jax.Array, height: int) -> tuple[jax.Array, Callable]:
 
 
 def _height(n_rows: int, n_experts: int) -> int:
-  """Returns the rows of a block: at most half an expert's mean number, so that few are wasted."""
+  """Returns the rows of a block: half an expert's mean number or less, to waste few."""
   half = max(16, n_rows // n_experts // 2)
   return min(2 ** (half.bit_length() - 1), 128)
 

@@ -1,4 +1,4 @@
-"""Grouped products against a loop over experts in NumPy float64, on CPU and through the compiler."""
+"""Grouped products against a loop over experts in NumPy float64; TPU programs' FLOPs."""
 
 import functools
 
@@ -23,7 +23,7 @@ CONTENDERS = {
 }
 N, K, F = 300, 136, 24  # no multiple of a tile; the width takes two of them
 SIZES = {
-  'some are empty': [0, 130, 7, 0, 101, 0], 'no row is left': [300, 0], 'none at all': [0, 0, 0],
+  'some are empty': [0, 130, 7, 0, 101, 0], 'no row is left': [300, 0], 'none at all': [0] * 3,
   'one row each': [1] * 5, 'whole tiles': [128, 0, 128],
 }
 
@@ -79,7 +79,8 @@ def test_bfloat16_rounds_results_and_not_sums(name):
   for a, b in zip(got, loop(*operands, sizes_X), strict=True):
     assert a.dtype == jnp.bfloat16
     # Half a unit in the eighth bit of each result, once; the sums are of float32.
-    np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5 * np.abs(b).max())
+    atol = 1e-5 * np.abs(b).max()
+    np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=atol)
 
 
 @pytest.mark.parametrize('n_rows', [8, 16, 100])
@@ -106,8 +107,8 @@ def test_tilings_fit_and_cut_no_row_where_they_can(k, f, to_weights):
 
 
 def test_the_hardware_chooses_and_a_name_decides():
-  chosen = {kind: choose_product(MoEConfig(), kind)[0] for kind in ('tpu', 'cpu', 'gpu', 'hopper')}
-  assert chosen == {'tpu': 'megablox', 'cpu': 'blocks', 'gpu': 'ragged_dot', 'hopper': 'ragged_dot'}
+  expected = {'tpu': 'megablox', 'cpu': 'blocks', 'gpu': 'ragged_dot', 'hopper': 'ragged_dot'}
+  assert {kind: choose_product(MoEConfig(), kind)[0] for kind in expected} == expected
   named = MoEConfig(product='megablox')
   assert choose_product(named, 'cpu') == ('megablox', 'model.moe.product names it')
   check_product(named, 'tpu')
@@ -117,8 +118,8 @@ def test_the_hardware_chooses_and_a_name_decides():
     MoEConfig(product='dense')
 
 
-def compiled_flops(topology, product, n_rows, k, f, n_experts):
-  """Returns FLOPs of a device by our analysis, of a product and its gradients in bfloat16."""
+def compiled_flops(topology, product, n_rows, k, f, n_experts, dtype=jnp.bfloat16):
+  """Returns FLOPs of a device by our analysis, of a product and its gradients."""
   mesh = compile_only_mesh(topology, MeshConfig(data=8))
 
   def local(x_NK, weight_1XKF, sizes_1X, g_NF):
@@ -126,7 +127,7 @@ def compiled_flops(topology, product, n_rows, k, f, n_experts):
       product, x_NK, weight_1XKF[0], g_NF, sizes_1X[0])
     return out_NF, d_x_NK, d_weight_XKF[None]
 
-  def of(*shape, dtype=jnp.bfloat16):
+  def of(*shape, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P('data')))
 
   mapped = jax.shard_map(local, mesh=mesh, in_specs=P('data'), out_specs=P('data'),
@@ -143,6 +144,15 @@ def test_tpu_kernels_fit_and_count_each_row_for_one_expert(topology):
   n_rows, k, f = 2048, 1024, 768
   got = compiled_flops(topology, grouped.megablox, n_rows, k, f, 16)
   assert got == pytest.approx(3 * 2 * n_rows * k * f, rel=0.01)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('precision', ['high', 'highest'])
+def test_tpu_kernels_compile_at_every_precision(precision, dtype):
+  pytest.importorskip('libtpu')
+  with jax.default_matmul_precision(precision):
+    got = compiled_flops('v5e:2x4', grouped.megablox, 512, 256, 256, 4, dtype)
+  assert got == pytest.approx(3 * 2 * 512 * 256 * 256, rel=0.01)
 
 
 def test_xlas_own_product_is_dense_on_v5e():

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from models.config import ModelConfig
+from models.config import ModelConfig, MoEConfig
 from parallelism.mesh import MeshConfig, make_mesh
 from parallelism.sharding import path_name
+from parallelism.topologies import compile_only_mesh
 from research import build as build_lib
 from research.config import ExperimentConfig
 from research.data.config import DataConfig
@@ -137,3 +138,18 @@ def test_a_choice_that_older_numerics_lack_is_made_anew():
   numerics = build_lib.resolve_numerics(built.config, built.mesh)
   older = {name: choice for name, choice in numerics.items() if name != 'attention'}
   assert build_lib.build(built.config, built.mesh, older).config.model.attention == 'unrolled'
+
+
+def test_the_product_of_experts_follows_the_devices_and_what_was_recorded():
+  model = dataclasses.replace(MODEL, moe=MoEConfig(n_experts=4, d_expert=16))
+  config = dataclasses.replace(build().config, model=model)
+  mesh = make_mesh(config.mesh)
+  numerics = build_lib.resolve_numerics(config, mesh)
+  assert numerics['expert_product'] == 'blocks'
+  recorded = build_lib.build(config, mesh, {**numerics, 'expert_product': 'ragged_dot'})
+  assert recorded.config.model.moe.product == 'ragged_dot'
+  with pytest.raises(ValueError, match='product=megablox is for tpu devices, these are cpu'):
+    build_lib.build(config, mesh, {**numerics, 'expert_product': 'megablox'})
+  pytest.importorskip('libtpu')
+  tpus = compile_only_mesh('v5e:2x4', MeshConfig(data=8))
+  assert build_lib.resolve_numerics(config, tpus)['expert_product'] == 'megablox'
