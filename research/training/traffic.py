@@ -6,8 +6,9 @@ wire types of `parallelism.storage`), by collectives that are bandwidth-optimal
 
 - Parameters are gathered in the compute dtype (vectors and routers: float32), with gather='layer'
   in every run of a layer's forward and once more in its backward; the ends (embeddings) once a
-  micro-batch. Gradients are scattered once a micro-batch, with 'step' both are done once. What
-  stays of them is summed over replicas once a step.
+  micro-batch. Gradients of layers are scattered once a micro-batch, those of the ends once a step,
+  as the compiler sums micro-batches first where it can (not in a pipeline). With gather='step' all
+  is done once. What stays of gradients is summed over replicas once a step.
 - With remat a layer's backward recomputes its forward but for what only its output needs. Nothing
   that is sent is kept.
 - A pipeline's backward runs a chunk's forward again, on top of remat; its last place runs no other.
@@ -181,7 +182,7 @@ def _padding(plan: _Plan) -> float:
 def _end_runs(plan: _Plan, name: str) -> tuple[float, float]:
   """Returns how often an end's parameter is gathered and its gradient scattered."""
   if plan.sizes[STAGE] == 1:
-    return plan.n_micro, plan.n_micro
+    return plan.n_micro, 1.0
   uses = 2 if name == 'tokens' and plan.config.model.tie_embeddings else 1
   return uses * plan.ends, uses * plan.ends
 
