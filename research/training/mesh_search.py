@@ -8,6 +8,7 @@ choosing, by formulas; `research.training.preflight` compiles the few that matte
 Not searched, by rule: stages of fewer than two micro-batches each, rows split over devices below
 LEAST_TOKENS tokens each, axes of experts without experts. For a mesh without stages the fewest
 micro-batches that fit are taken: more of them gather parameters more often and save memory alone.
+Experts are taken to cost what their chosen tokens cost, as a grouped product does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -125,7 +125,7 @@ def least_bytes(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int
   Args:
     config: an experiment that the mesh divides (`research.build.build`).
     sizes: devices of every mesh axis.
-    n_micro: micro-batches of a step (`research.build.count_microbatches`).
+    n_micro: micro-batches of a step (`research.training.divisions.count_microbatches`).
   """
   plan = _Plan(config, sizes, n_micro)
   _parameters(plan)
