@@ -238,7 +238,8 @@ def _work_bytes(step: Step) -> dict[str, int]:
   """Returns what the backward pass of one layer takes beside what all layers keep.
 
   Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced);
-  queries, keys, values, output and gradients; the residual stream, split and whole; the gathered
+  queries, keys, values, output and gradients; the residual stream, split and whole (over tensor
+  both branches' tokens and their gradients are gathered); the gathered
   matrices under way (two of three of a feed-forward) and float32 gradients not yet scattered.
   Experts have rows and hidden units of all exchanged rows instead.
   """
@@ -250,7 +251,7 @@ def _work_bytes(step: Step) -> dict[str, int]:
     hidden = step.n_choices * (4 * D + 4 * model.moe.d_expert) * a + 2 * step.stream(F32)
   return {
       'hidden units': hidden, 'attention': T * (3 * q + 4 * kv) * a,
-      'residual stream': 3 * step.stream() + 2 * T * D * a,
+      'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a,
       'gathered weights': layer * 2 // 3,
       'weight gradients': layer * F32 // step.itemsize * 2 // 3}
 
