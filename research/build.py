@@ -46,6 +46,7 @@ from parallelism.zigzag import zigzag_order
 from research.config import ExperimentConfig
 from research.training import divisions, pipelined
 from research.training import step as step_lib
+from research.training.config import OptimizerConfig
 from research.training.optimizers import make_optimizer, schedule
 
 BATCH_NAMES = ('batch', 'row')
@@ -217,6 +218,20 @@ def fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
   ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
   return step_lib.State(step=jnp.int32(0), params=params, optimizer=optimizer.init(params),
                         ema=ema, rng=jax.random.key_data(jax.random.key(config.seed)))
+
+
+def state_facts(model: ModelConfig, optimizer: OptimizerConfig
+                ) -> list[tuple[str, tuple[int, ...], int, tuple[str | None, ...]]]:
+  """Returns path, shape, bytes per element and logical names (none: ()) of a state's arrays."""
+  config = ExperimentConfig(model=model, optimizer=optimizer, data=dataclasses.replace(
+      ExperimentConfig().data, sequence_length=model.context_length))
+  axes = transformer.logical_axes(model)
+  shapes = jax.eval_shape(lambda: fresh_state(config, make_optimizer(optimizer, axes)))
+  names = [*jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)), ()]
+  which = sharding.mirrored(shapes, shapes.params, list(range(len(names) - 1)), -1)
+  return [(sharding.path_name(path), leaf.shape, leaf.dtype.itemsize, names[index])
+          for (path, leaf), index in zip(
+              jax.tree.leaves_with_path(shapes), jax.tree.leaves(which), strict=True)]
 
 
 def _storage(config: ExperimentConfig, mesh: Mesh) -> Storage:

@@ -10,7 +10,8 @@ from research.config import ExperimentConfig
 
 SMALL = ModelConfig(
     vocab_size=32_000, context_length=8192, n_layers=16, d_model=1024, n_heads=16, n_kv_heads=8,
-    d_head=64, d_ff=4096, tie_embeddings=True, compute_dtype='bfloat16')
+    d_head=64, d_ff=4096, tie_embeddings=False, compute_dtype='bfloat16')
+TIED = dataclasses.replace(SMALL, tie_embeddings=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ def case(model: str, topology: str, *, rows: int, length: int = 4096, remat: str
   """Returns a case of a published or a small model.
 
   Args:
-    model: one of the four below.
+    model: a name of the function's first table, 'small' or 'tied'.
     topology: the chips.
     rows: of the batch.
     length: tokens per row.
@@ -37,8 +38,8 @@ def case(model: str, topology: str, *, rows: int, length: int = 4096, remat: str
     **axes: sizes of the mesh, 1 where not given.
   """
   bases = {'8b': llama3_8b, '70b': llama3_70b, 'olmo7b': olmo3_7b, 'moe30b': qwen3_30b_a3b}
-  base = bases['8b' if model == 'small' else model].get_config()
-  shape = SMALL if model == 'small' else base.model
+  base = bases.get(model, llama3_8b).get_config()
+  shape = {'small': SMALL, 'tied': TIED}.get(model, base.model)
   shape = dataclasses.replace(shape, remat=remat, scan_layers='auto',
                               n_layers=layers or shape.n_layers)
   config = dataclasses.replace(
@@ -68,8 +69,44 @@ def calibration() -> list[Case]:
       case('moe30b', 'v5p:4x4x4', rows=128, fsdp=8, expert=8),
       case('8b', v6e, rows=32, layers=4, compute={'microbatch_tokens': 4096}, fsdp=8),
       case('small', v5e, rows=32, remat='none', fsdp=8),
-      case('small', v5e, rows=16, data=8),
-      case('small', v5e, rows=8, remat='dots', tensor=8),
+      case('tied', v5e, rows=16, data=8),
+      case('tied', v5e, rows=8, remat='dots', tensor=8),
       case('8b', v5p, rows=8, layers=8, compute={'gather': 'step'}, fsdp=8),
       case('moe30b', v5p, rows=8, layers=4, remat='none', data=4, fsdp=2),
+  ]
+
+
+def judging() -> list[Case]:
+  """Returns the cases that were compiled after the formulas had been committed."""
+  v5p, v5e, v6e = 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4'
+  return [
+      case('8b', 'v5e:16x16', rows=256, length=8192, remat='dots', fsdp=64, tensor=4),
+      case('olmo7b', 'v5p:4x4x4', rows=128, length=8192, remat='dots', fsdp=64),
+      case('8b', 'v5e:16x16', rows=128, length=8192, fsdp=128, context=2),
+      case('70b', 'v5p:8x8x8', rows=512, length=8192, fsdp=512),
+      case('small', v5e, rows=16, remat='dots', data=2, fsdp=4),
+      case('moe30b', 'v6e:16x16', rows=256, fsdp=32, expert=8),
+      case('small', v5e, rows=32, remat='none', fsdp=4, tensor=2),
+      case('8b', v6e, rows=8, layers=4, remat='dots', fsdp=4, tensor=2),
+      case('small', v5e, rows=64, stage=4, fsdp=2),
+      case('small', v5e, rows=32, compute={'pipeline': 'gpipe'}, stage=2, fsdp=2, data=2),
+      case('tied', v5e, rows=4, length=8192, remat='none', context=4, data=2),
+      case('small', v5e, rows=16, length=8192, compute={'context': 'all_to_all'}, fsdp=4,
+           context=2),
+      case('small', v5e, rows=64, remat='dots', compute={'microbatch_tokens': 8192}, fsdp=8),
+      case('8b', v5p, rows=32, layers=8, remat='none', stage=2, tensor=2, fsdp=2),
+      case('moe30b', v5e, rows=8, layers=2, expert=4, tensor=2),
+      case('8b', v5e, rows=16, layers=2, remat='none', fsdp=8),
+  ]
+
+
+def later() -> list[Case]:
+  """Returns cases of what got a term after the judging: norms after branches, wide tensor axes."""
+  return [
+      case('olmo7b', 'v5e:16x16', rows=256, remat='dots', fsdp=256),
+      case('olmo7b', 'v5e:2x4', rows=8, layers=4, remat='dots', fsdp=4, tensor=2),
+      case('olmo7b', 'v5e:2x4', rows=16, layers=4, remat='none', fsdp=8),
+      case('small', 'v5e:2x4', rows=32, fsdp=2, tensor=4),
+      case('8b', 'v5e:2x4', rows=8, layers=4, remat='dots', tensor=8),
+      case('8b', 'v6e:2x4', rows=16, layers=4, fsdp=2, tensor=4),
   ]

@@ -13,46 +13,22 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import numpy as np
-
-from models import transformer
-from models.config import ModelConfig
 from models.layers import GATED
 from parallelism import experts, schedules, sharding
 from parallelism.compiler_options import OPTIONS, usable_bytes
 from parallelism.hardware import find_chip
 from parallelism.storage import CAST
-from research import build as build_lib
 from research.config import ExperimentConfig
 from research.training import divisions, pipelined
-from research.training.config import OptimizerConfig
 from research.training.layout import laid_out_bytes
-from research.training.optimizers import make_optimizer
-from research.training.step import ENDS
+from research.training.leaves import Leaf, state_leaves
 
 F32 = 4
 MARGIN = 1.2  # what fits is predicted to stay below the usable memory divided by this
 BATCH = ('tokens', 'targets', 'segment_ids', 'loss_mask')  # 4 bytes per token
 READ_POSITIONS = ('rope', 'learned')  # embeddings that read the batch's positions
-
-
-class Leaf(NamedTuple):
-  """One array of the state: its shape, element size and logical names, () where replicated."""
-
-  path: str
-  shape: tuple[int, ...]
-  itemsize: int
-  names: tuple[str | None, ...]
-
-  def shard(self, sizes: Mapping[str, int], without: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Returns the shape of a device's part, whole over the axes `without`."""
-    names = self.names or (None,) * len(self.shape)
-    return tuple(
-        n // math.prod(sizes[axis] for axis in sharding.STORAGE[name] if axis not in without)
-        for n, name in zip(self.shape, names, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,28 +64,278 @@ class Prediction:
     return self.peak * MARGIN <= self.usable
 
 
-@functools.lru_cache(maxsize=256)
-def state_leaves(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Leaf, ...]:
-  """Returns all arrays of the state of a run, parameters first (paths begin with 'params.')."""
-  config = ExperimentConfig(
-      model=model, optimizer=optimizer,
-      data=dataclasses.replace(ExperimentConfig().data, sequence_length=model.context_length))
-  axes = transformer.logical_axes(model)
-  shapes = jax.eval_shape(
-      lambda: build_lib.fresh_state(config, make_optimizer(optimizer, axes)))
-  names = [*jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)), ()]
-  which = sharding.mirrored(shapes, shapes.params, list(range(len(names) - 1)), -1)
-  return tuple(
-      Leaf(sharding.path_name(path), leaf.shape, leaf.dtype.itemsize, names[index])
-      for (path, leaf), index in zip(
-          jax.tree.leaves_with_path(shapes), jax.tree.leaves(which), strict=True))
+@functools.lru_cache(maxsize=4096)
+def _state_bytes(leaves: tuple[Leaf, ...], sizes: tuple[tuple[str, int], ...]) -> int:
+  """Returns the bytes of a device's part of the state."""
+  return sum(laid_out_bytes(leaf.shard(dict(sizes)), leaf.itemsize) for leaf in leaves)
 
 
 def argument_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> int:
   """Returns the bytes of the state and the batch, exact with the padding of their tiles."""
-  state = sum(laid_out_bytes(leaf.shard(sizes), leaf.itemsize)
-              for leaf in state_leaves(config.model, config.optimizer))
+  state = _state_bytes(state_leaves(config.model, config.optimizer), tuple(sizes.items()))
   rows = config.data.batch_size // divisions.replicas(sizes)
   tokens = config.data.sequence_length // sizes['context']
   n_arrays = len(BATCH) + (config.model.positions in READ_POSITIONS)
   return state + n_arrays * laid_out_bytes((rows, tokens), F32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What the formulas are made of: counts of one device.
+
+  sizes: of the mesh; itemsize: bytes of the compute dtype; rows, tokens, own: rows, tokens (T) and
+  tokens between branches (l) of a micro-batch; heads, kv_heads, d_ff: of one tensor device;
+  n_choices: rows of the experts' matrices, 0 without experts; n_micro: micro-batches; n_own: layers
+  of the device's stage; n_chunk: layers of one chunk of it; n_stored: chunk inputs kept at a time;
+  offloads: whether sparse cores carry collectives.
+  """
+
+  config: ExperimentConfig
+  sizes: dict[str, int]
+  itemsize: int
+  rows: int
+  tokens: int
+  own: int
+  heads: int
+  kv_heads: int
+  d_ff: int
+  n_choices: int
+  n_micro: int
+  n_own: int
+  n_chunk: int
+  n_stored: int
+  offloads: bool
+
+  @property
+  def embedding(self) -> int:
+    """Elements of an embedding that is whole but for the vocabulary (U)."""
+    return self.config.model.vocab_size // self.sizes['tensor'] * self.config.model.d_model
+
+  @property
+  def n_embeddings(self) -> int:
+    """Embeddings: one where input and output share it."""
+    return 1 if self.config.model.tie_embeddings else 2
+
+  @property
+  def stages(self) -> int:
+    """Pipeline stages."""
+    return self.sizes['stage']
+
+  @property
+  def parts(self) -> int:
+    """Devices over which an embedding's other axis is split."""
+    return math.prod(self.sizes[axis] for axis in sharding.STORAGE['embed'])
+
+  def stream(self, dtype_bytes: int = 0) -> int:
+    """Returns the bytes of the residual stream between branches."""
+    return self.own * self.config.model.d_model * (dtype_bytes or self.itemsize)
+
+
+def _lanes(n: int) -> int:
+  """Returns a minor dimension with its padding."""
+  return -(-n // 128) * 128
+
+
+@functools.lru_cache(maxsize=4096)
+def _n_slots(name: str, n_stages: int, n_micro: int, n_chunks: int) -> int:
+  """Returns how many chunk inputs a stage stores at a time."""
+  return schedules.slots(schedules.schedule(name, n_stages, n_micro, n_chunks)).n_slots
+
+
+def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Step:
+  """Returns the counts of a step on a mesh of chips such as 'v5e'."""
+  model, tensor, n_stages = config.model, sizes['tensor'], sizes['stage']
+  n_micro = divisions.count_microbatches(config, sizes, 'tpu')
+  rows = config.data.batch_size // divisions.replicas(sizes) // n_micro
+  tokens = rows * config.data.sequence_length // sizes['context']
+  own = tokens // tensor if config.compute.sequence else tokens
+  n_own, n_chunk, n_stored = model.n_layers, model.n_layers, 0
+  if n_stages > 1:
+    order_Pn = pipelined.layer_order(model.n_layers, n_stages, config.compute.pipeline_chunks)
+    n_chunk = order_Pn.shape[1]
+    n_own = n_chunk * config.compute.pipeline_chunks
+    n_stored = _n_slots(config.compute.pipeline, n_stages, n_micro, config.compute.pipeline_chunks)
+  n_choices, group = own * model.moe.top_k if model.moe.n_experts else 0, math.prod(
+      divisions.expert_group(config, sizes).values())
+  if n_choices and group > 1 and not model.moe.capacity_factor:
+    n_choices = group * experts.round_rows(n_choices, group, model.moe.exchange_factor)
+  elif n_choices and model.moe.capacity_factor:
+    n_choices = int(n_choices * model.moe.capacity_factor)
+  return Step(
+      config, dict(sizes), 2 if model.compute_dtype == 'bfloat16' else 4, rows, tokens, own,
+      model.n_heads // tensor, model.n_kv_heads // tensor, model.d_ff // tensor, n_choices,
+      n_micro, n_own, n_chunk, n_stored, chip in OPTIONS)
+
+
+class Blocks(NamedTuple):
+  """Bytes of the parameters of blocks.
+
+  shards: a device's parts of its layers in float32; cast: in the compute dtype, matrices only;
+  layer: the matrices of one layer as gathered, in the compute dtype.
+  """
+
+  shards: int
+  cast: int
+  layer: int
+
+
+def _block_bytes(step: Step) -> Blocks:
+  """Returns the sizes of the blocks' parameters; a stage's layers are not split over stages."""
+  leaves = state_leaves(step.config.model, step.config.optimizer)
+  shard, cast, layer = _layer_elements(leaves, tuple(step.sizes.items()))
+  return Blocks(shard * step.n_own * F32, cast * step.n_own * step.itemsize, layer * step.itemsize)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer_elements(leaves: tuple[Leaf, ...], sizes: tuple[tuple[str, int], ...]
+                    ) -> tuple[int, int, int]:
+  """Returns elements of one layer: a device's part, its part of matrices, matrices as gathered."""
+  shard = cast = layer = 0
+  of_mesh = dict(sizes)
+  for leaf in leaves:
+    if not leaf.path.startswith('params.blocks.'):
+      continue
+    own = math.prod(leaf.shard(of_mesh, ('stage',))[1:])
+    shard += own
+    if CAST & set(leaf.names) and len(leaf.names) > 2:
+      kept = {axis for name in leaf.names if name not in sharding.GATHERED
+              for axis in sharding.STORAGE[name]}
+      gathered = tuple(axis for axis in of_mesh if axis not in kept)
+      cast += own
+      layer += math.prod(leaf.shard(of_mesh, gathered)[1:])
+  return shard, cast, layer
+
+
+def saved_bytes(step: Step) -> int:
+  """Returns what one layer keeps for its backward pass.
+
+  full: its input, l D. dots: also the results of matrix products that backward reads: queries, keys
+  and values, the attention's output before it is summed over tensor (T D), the hidden units (T F,
+  twice if gated), what a norm after the feed-forward reads (T D). none: also what lies between:
+  norms in float32, rotated and transposed heads, activations, and the gathered matrices themselves.
+  The minor dimension is padded to 128.
+  """
+  model, a, T = step.config.model, step.itemsize, step.tokens
+  D, F = model.d_model, _lanes(step.d_ff)
+  q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
+  gated = model.mlp in GATED
+  saved = step.stream()
+  if model.remat == 'full':
+    return saved
+  if model.remat == 'dots':
+    hidden = step.own * model.moe.n_experts * F32 if step.n_choices else T * F * (1 + gated) * a
+    normed = T * D * a if model.norm_placement != 'pre' and not step.n_choices else 0
+    return saved + T * (q + 2 * kv + D) * a + hidden + normed
+  heads = T * (2 * step.heads + 2 * step.kv_heads) * _lanes(model.d_head) * a
+  hidden = T * F * (3 + 3 * gated) * a
+  if step.n_choices:
+    hidden = step.n_choices * (5 * model.moe.d_expert + 2 * D) * a
+  wide = _block_bytes(step).layer if math.prod(step.sizes.values()) > 1 else 0
+  return 4 * step.stream(F32) + 3 * T * D * a + heads + hidden + wide
+
+
+def _work_bytes(step: Step) -> dict[str, int]:
+  """Returns what the backward pass of one layer takes beside what all layers keep.
+
+  Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced);
+  queries, keys, values, output and gradients; the residual stream, split and whole (over tensor
+  both branches' tokens and their gradients are gathered); the gathered
+  matrices under way (two of three of a feed-forward) and float32 gradients not yet scattered.
+  Experts have rows and hidden units of all exchanged rows instead.
+  """
+  model, a, T, D = step.config.model, step.itemsize, step.tokens, step.config.model.d_model
+  q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
+  layer, gated = _block_bytes(step).layer, model.mlp in GATED
+  hidden = T * _lanes(step.d_ff) * a * (2 + 2 * gated)
+  if step.n_choices:
+    hidden = step.n_choices * (4 * D + 4 * model.moe.d_expert) * a + 2 * step.stream(F32)
+  return {
+      'hidden units': hidden, 'attention': T * (3 * q + 4 * kv) * a,
+      'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a,
+      'gathered weights': layer * 2 // 3,
+      'weight gradients': layer * F32 // step.itemsize * 2 // 3}
+
+
+def _kept(step: Step) -> dict[str, int]:
+  """Returns what stays from a micro-batch's forward pass or from one micro-batch to the next.
+
+  What layers save, the cast shards that are gathered from (hoisted out of the loops), gradients
+  summed so far. gather='step': all blocks whole. A pipeline: the stage's own placed shards, its
+  stored inputs and three in flight, one chunk's saved inputs, cast parts of the ends and the sums
+  of their gradients, which no stage splits.
+  """
+  blocks, compute = _block_bytes(step), step.config.compute
+  ends = step.n_embeddings * step.embedding
+  kept = {'saved by layers': step.n_chunk * saved_bytes(step), 'cast shards': blocks.cast}
+  if compute.gather == 'step':
+    kept['gathered blocks'] = step.n_own * blocks.layer
+  if step.n_micro > 1:
+    kept['gradient sums'] = blocks.shards
+  if step.stages > 1:
+    parts = ends * step.stages // step.parts
+    kept |= {'stored inputs': (step.n_stored + 3) * step.stream(), 'placed shards': blocks.shards,
+             'parts of the ends': parts * step.itemsize, 'gradients of the ends': parts * F32}
+  elif step.n_micro > 1:
+    kept['gradients of the ends'] = ends * F32 // step.parts
+  return kept
+
+
+def _loss(step: Step) -> dict[str, int]:
+  """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits.
+
+  Sparse cores gather the embedding's and the unembedding's parts together, and the gradient is
+  there before and after its scaling by the cotangent.
+  """
+  model, a, U = step.config.model, step.itemsize, step.embedding
+  chunk = min(step.tokens, step.config.compute.loss_chunk)
+  return {'unembedding': U * a * (1 + (step.offloads and step.stages == 1)),
+          'unembedding gradient': U * F32 * (1 + step.offloads),
+          'logits': chunk * model.vocab_size // step.sizes['tensor'] * (F32 + a),
+          'hidden states': 3 * step.tokens * model.d_model * a}
+
+
+def _sums(step: Step) -> dict[str, int]:
+  """Returns what the sums of gradients over devices take once backward is through.
+
+  The stacked shards, twice where replicas have to agree; the embeddings' gradients in float32, one
+  of them summed and unsummed, the lookup's scattered in the compute dtype; on sparse cores what
+  the others sent. gather='step': all blocks' gradients, in the compute dtype and in float32.
+  """
+  blocks, U = _block_bytes(step), step.embedding
+  sums = {
+      'gradient shards': blocks.shards * (1 + (step.sizes['data'] > 1)),
+      'embedding gradients': U * F32 * (
+          3 if step.offloads and step.n_embeddings > 1 else 2),
+      'embedding scatter': U * step.itemsize}
+  if step.offloads:
+    sums['sums on the way'] = U * F32 * (step.parts - 1) // step.parts
+  if step.config.compute.gather == 'step':
+    whole = step.n_own * blocks.layer
+    sums['gradients of blocks'] = whole + whole * F32 // step.itemsize
+  return sums
+
+
+def predict(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Prediction:
+  """Returns the memory of a training step on a mesh of TPU chips such as 'v5e' (or 'v5e:2x4').
+
+  Args:
+    config: the experiment; its `mesh` is not read.
+    sizes: devices of each mesh axis.
+    chip: its name.
+
+  Raises:
+    ValueError: the chip is unknown or the batch is not divided by the mesh.
+  """
+  chip = find_chip(chip)
+  step = step_counts(config, sizes, chip.name)
+  kept, blocks = _kept(step), _block_bytes(step)
+  still = {name: kept[name] for name in ('gradient sums', 'gradients of the ends')
+           if name in kept and step.stages == 1}
+  backward = {'gradient shards': blocks.shards, **_work_bytes(step)}
+  if step.stages == 1:
+    backward['unembedding gradient'] = step.embedding * F32
+  if config.compute.gather == 'step':
+    backward['gradients of blocks'] = step.n_own * blocks.layer
+  moments = {'loss': kept | _loss(step), 'backward': kept | backward,
+             'sums': still | _sums(step)}
+  return Prediction(argument_bytes(config, sizes), moments, usable_bytes(chip.device_kinds[0]))

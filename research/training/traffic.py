@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 
-from models import transformer
 from models.dispatch import capacity
 from parallelism import experts, schedules
 from parallelism.collectives import wire_bytes
@@ -38,6 +37,7 @@ from parallelism.sharding import ACTIVATIONS, GATHERED, STORAGE
 from parallelism.storage import CAST, STAGE
 from parallelism.zigzag import arms
 from research.config import ExperimentConfig
+from research.training.leaves import state_leaves
 from research.training.pipelined import layer_order
 from research.training.step import ENDS
 
@@ -129,7 +129,7 @@ def least_bytes(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int
   Args:
     config: an experiment that the mesh divides (`research.build.build`).
     sizes: devices of every mesh axis.
-    n_micro: micro-batches of a step (`research.build.count_microbatches`).
+    n_micro: micro-batches of a step (`research.training.divisions.count_microbatches`).
   """
   plan = _Plan(config, sizes, n_micro)
   _parameters(plan)
@@ -144,11 +144,10 @@ def least_bytes(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int
 
 def _parameters(plan: _Plan) -> None:
   """Adds gathers, scatters and sums of all parameters and gradients."""
-  names = transformer.logical_axes(plan.config.model)
-  for (path, leaf), leaf_names in zip(
-      jax.tree.leaves_with_path(transformer.abstract_params(plan.config.model)),
-      jax.tree.leaves(names, is_leaf=lambda leaf: isinstance(leaf, tuple)), strict=True):
-    _parameter(plan, path[0].key in ENDS, path[-1].key, math.prod(leaf.shape), leaf_names)
+  for leaf in state_leaves(plan.config.model, plan.config.optimizer):
+    tree, *path = leaf.path.split('.')
+    if tree == 'params':
+      _parameter(plan, path[0] in ENDS, path[-1], math.prod(leaf.shape), leaf.names)
 
 
 def _parameter(plan: _Plan, is_end: bool, name: str, n: int, names: tuple[Any, ...]) -> None:
