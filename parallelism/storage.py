@@ -54,10 +54,7 @@ def _gathered(x: jax.Array, parts: Parts, wire: str, reduced_in: str) -> jax.Arr
 
 
 def _gathered_forward(x, parts, wire, reduced_in):
-  """Returns all parts of x, and an empty array that remembers its dtype.
-
-  The gathers are bare, so that `forgets_gathered` sees them.
-  """
+  """Returns all parts of x, by bare gathers that remat policies see, and what has its dtype."""
   del reduced_in
   return _all_gathered(x.astype(wire), parts), jnp.zeros((0,), x.dtype)
 
@@ -71,12 +68,14 @@ def _gathered_backward(parts, wire, reduced_in, like, g):
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def forgets_gathered(primitive: Any, *unused_inputs: Any, **unused_options: Any) -> bool:
-  """A policy of `jax.checkpoint` that saves all but gathered arrays and other views of arrays.
+def keeps_all_but_parameters(primitive, *_: Any, **options: Any) -> bool:
+  """Returns, as a remat policy does, whether to keep a result: not of a gather, nor a view of one.
 
-  What is a reshaped or a cast parameter is not told from other arrays: both are cheap again.
+  Gathers over 'tensor' are those of activations.
   """
-  return primitive.name not in ('all_gather', 'reshape', 'convert_element_type')
+  if primitive.name == 'all_gather':
+    return 'tensor' in options['axis_name']
+  return primitive.name not in ('reshape', 'convert_element_type')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,13 @@ from parallelism import context, experts, schedules, sharding
 from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
 from parallelism.compiler_options import compiler_options
 from parallelism.spread import OverTensor
-from parallelism.storage import STAGE, Storage, forgets_gathered, over_devices, specs
+from parallelism.storage import (
+    STAGE,
+    Storage,
+    keeps_all_but_parameters,
+    over_devices,
+    specs,
+)
 from parallelism.zigzag import zigzag_order
 from research.config import ExperimentConfig
 from research.training import divisions, pipelined
@@ -271,8 +277,8 @@ def _gathering(storage: Storage, block_names: Any, without: tuple[str, ...], run
       return body(kind, carry, (storage.gathered(params, block_names, without), rest))
 
     def forgetful(kind, carry, inputs):
-      body = functools.partial(whole_body, kind)
-      return jax.checkpoint(body, policy=forgets_gathered)(carry, inputs)
+      whole = functools.partial(whole_body, kind)
+      return jax.checkpoint(whole, policy=keeps_all_but_parameters)(carry, inputs)
     return run(forgetful if config.remat == 'none' else whole_body, carry, inputs, config)
   return run_whole
 

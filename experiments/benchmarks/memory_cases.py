@@ -98,3 +98,15 @@ def judging() -> list[Case]:
       case('moe30b', v5e, rows=8, layers=2, expert=4, tensor=2),
       case('8b', v5e, rows=16, layers=2, remat='none', fsdp=8),
   ]
+
+
+def later() -> list[Case]:
+  """Returns cases of what got a term after the judging: norms after branches, wide tensor axes."""
+  return [
+      case('olmo7b', 'v5e:16x16', rows=256, remat='dots', fsdp=256),
+      case('olmo7b', 'v5e:2x4', rows=8, layers=4, remat='dots', fsdp=4, tensor=2),
+      case('olmo7b', 'v5e:2x4', rows=16, layers=4, remat='none', fsdp=8),
+      case('small', 'v5e:2x4', rows=32, fsdp=2, tensor=4),
+      case('8b', 'v5e:2x4', rows=8, layers=4, remat='dots', tensor=8),
+      case('8b', 'v6e:2x4', rows=16, layers=4, fsdp=2, tensor=4),
+  ]

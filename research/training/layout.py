@@ -1,8 +1,8 @@
 """How many bytes arrays take as a TPU's compiler lays out the arguments of a program.
 
-The two minor dimensions of an array lie in tiles of 8 x 128 elements; an array of one dimension lies
-in tiles of 128 to 1,024. The compiler may take any two dimensions for the minor ones and takes those
-that waste least. Seen in the layouts of libtpu 0.0.52 for v5e, v5p and v6e, element sizes 2 and 4.
+The two minor dimensions of an array lie in tiles of 8 x 128 elements; an array of one dimension
+lies in tiles of 128 to 1,024. The compiler may take any two dimensions for the minor ones and takes
+those that waste least. Seen in the layouts of libtpu 0.0.52 for v5e, v5p and v6e, element sizes 2 and 4.
 """
 
 import itertools

@@ -136,6 +136,12 @@ def _lanes(n: int) -> int:
   return -(-n // 128) * 128
 
 
+@functools.lru_cache(maxsize=4096)
+def _n_slots(name: str, n_stages: int, n_micro: int, n_chunks: int) -> int:
+  """Returns how many chunk inputs a stage stores at a time."""
+  return schedules.slots(schedules.schedule(name, n_stages, n_micro, n_chunks)).n_slots
+
+
 def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Step:
   """Returns the counts of a step on a mesh of chips such as 'v5e'."""
   model, tensor, n_stages = config.model, sizes['tensor'], sizes['stage']
@@ -148,8 +154,7 @@ def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -
     order_Pn = pipelined.layer_order(model.n_layers, n_stages, config.compute.pipeline_chunks)
     n_chunk = order_Pn.shape[1]
     n_own = n_chunk * config.compute.pipeline_chunks
-    n_stored = schedules.slots(schedules.schedule(
-        config.compute.pipeline, n_stages, n_micro, config.compute.pipeline_chunks)).n_slots
+    n_stored = _n_slots(config.compute.pipeline, n_stages, n_micro, config.compute.pipeline_chunks)
   n_choices, group = own * model.moe.top_k if model.moe.n_experts else 0, math.prod(
       divisions.expert_group(config, sizes).values())
   if n_choices and group > 1 and not model.moe.capacity_factor:
@@ -206,8 +211,9 @@ def saved_bytes(step: Step) -> int:
 
   full: its input, l D. dots: also the results of matrix products that backward reads: queries, keys
   and values, the attention's output before it is summed over tensor (T D), the hidden units (T F,
-  twice if gated). none: also what lies between: norms in float32, rotated and transposed heads,
-  activations, and the gathered matrices themselves. The minor dimension is padded to 128.
+  twice if gated), what a norm after the feed-forward reads (T D). none: also what lies between:
+  norms in float32, rotated and transposed heads, activations, and the gathered matrices themselves.
+  The minor dimension is padded to 128.
   """
   model, a, T = step.config.model, step.itemsize, step.tokens
   D, F = model.d_model, _lanes(step.d_ff)
@@ -218,7 +224,8 @@ def saved_bytes(step: Step) -> int:
     return saved
   if model.remat == 'dots':
     hidden = step.own * model.moe.n_experts * F32 if step.n_choices else T * F * (1 + gated) * a
-    return saved + T * (q + 2 * kv + D) * a + hidden
+    normed = T * D * a if model.norm_placement != 'pre' and not step.n_choices else 0
+    return saved + T * (q + 2 * kv + D) * a + hidden + normed
   heads = T * (2 * step.heads + 2 * step.kv_heads) * _lanes(model.d_head) * a
   hidden = T * F * (3 + 3 * gated) * a
   if step.n_choices:
@@ -231,7 +238,8 @@ def _work_bytes(step: Step) -> dict[str, int]:
   """Returns what the backward pass of one layer takes beside what all layers keep.
 
   Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced);
-  queries, keys, values, output and gradients; the residual stream, split and whole; the gathered
+  queries, keys, values, output and gradients; the residual stream, split and whole (over tensor
+  both branches' tokens and their gradients are gathered); the gathered
   matrices under way (two of three of a feed-forward) and float32 gradients not yet scattered.
   Experts have rows and hidden units of all exchanged rows instead.
   """
@@ -243,7 +251,7 @@ def _work_bytes(step: Step) -> dict[str, int]:
     hidden = step.n_choices * (4 * D + 4 * model.moe.d_expert) * a + 2 * step.stream(F32)
   return {
       'hidden units': hidden, 'attention': T * (3 * q + 4 * kv) * a,
-      'residual stream': 3 * step.stream() + 2 * T * D * a,
+      'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a,
       'gathered weights': layer * 2 // 3,
       'weight gradients': layer * F32 // step.itemsize * 2 // 3}
 

@@ -1,4 +1,4 @@
-"""Ranks the meshes on which an experiment can train on a TPU slice, in seconds and without compiling.
+"""Ranks the meshes on which an experiment can train on a TPU slice, without compiling.
 
 Every way to write the number of chips as a product over the mesh axes is asked for, with every
 remat and number of micro-batches. What does not divide the model (`divisions`) or is predicted not
@@ -8,10 +8,12 @@ choosing, by formulas; `research.training.preflight` compiles the few that matte
 Not searched, by rule: stages of fewer than two micro-batches each, rows split over devices below
 LEAST_TOKENS tokens each, axes of experts without experts. For a mesh without stages the fewest
 micro-batches that fit are taken: more of them gather parameters more often and save memory alone.
+Experts are taken to cost what their chosen tokens cost, as a grouped product does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import math
 
 from models import transformer
@@ -182,9 +184,8 @@ def step_work(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int, 
   """Returns what a step takes of each resource of a device."""
   bubble = 0.0
   if sizes['stage'] > 1:
-    bubble = schedules.bubble(
-        schedules.schedule(config.compute.pipeline, sizes['stage'], n_micro,
-                           config.compute.pipeline_chunks), 2, 4 + (config.model.remat != 'none'))
+    bubble = _bubble(config.compute.pipeline, sizes['stage'], n_micro,
+                     config.compute.pipeline_chunks, 4 + (config.model.remat == 'full') * 2)
   rate = chip.bf16_flops / chip.devices
   products, attention = (flops / rate for flops in executed_flops(config, sizes))
   sent = {key: network.seconds(Collective('', key[0], n_bytes, 0, key[1], ''))
@@ -196,6 +197,12 @@ def step_work(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int, 
   return Work(products + attention,
               memory_bytes(config, sizes) * chip.devices / chip.hbm_bytes_per_second, busy,
               _waits(sent, products + attention, attention), bubble)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bubble(name: str, n_stages: int, n_micro: int, n_chunks: int, backward: int) -> float:
+  """Returns the idle share of a schedule whose backward takes `backward` when forward takes 2."""
+  return schedules.bubble(schedules.schedule(name, n_stages, n_micro, n_chunks), 2, backward)
 
 
 def _waits(sent: Mapping[tuple[str, tuple[str, ...]], float], compute: float, attention: float
@@ -248,7 +255,8 @@ def executed_flops(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[
   n_stages = sizes['stage']
   if n_stages == 1:
     return on_stage(0.0, 1.0)
-  return max(on_stage(1.0, 0.0), on_stage(1 - 1 / config.compute.pipeline_chunks, n_stages), key=sum)
+  last = on_stage(1 - 1 / config.compute.pipeline_chunks, n_stages)
+  return max(on_stage(1.0, 0.0), last, key=sum)
 
 
 def _hidden_width(model: ModelConfig) -> int:
@@ -263,13 +271,13 @@ def memory_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
   float32, written and read for their normalizer and their gradient; the update.
   """
   model, tensor = config.model, sizes['tensor']
-  step = memory.step_counts(config, sizes, 'v5e')
+  itemsize = 2 if model.compute_dtype == 'bfloat16' else F32
   parts = math.prod(sizes.values()) // tensor
   n_tokens = config.data.batch_size * config.data.sequence_length / parts
   runs = 1 + (model.remat == 'full') / 3
   own = n_tokens / (tensor if config.compute.sequence else 1)
   layer = (STREAM_PASSES * own * model.d_model + HIDDEN_PASSES * n_tokens
-           * _hidden_width(model) / tensor) * step.itemsize
+           * _hidden_width(model) / tensor) * itemsize
   if sizes['context'] > 1 and config.compute.context == 'ring':
     layer += (RING_PASSES * (sizes['context'] - 1) * n_tokens * model.n_heads * model.d_head
               / tensor * F32 / runs)

@@ -12,6 +12,7 @@ from research.config import ExperimentConfig, settings
 from research.training import divisions
 from research.training.memory import argument_bytes
 from research.training.preflight import Preflight, preflight
+from research.training.preflight_text import as_text
 
 LIMIT = 10  # steps that are compiled, at most
 
@@ -93,3 +94,10 @@ def changes(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
   """Returns the settings in which a config differs from another, as launchers take them."""
   return [f'--config.{row.path}={row.value}'
           for row, was in zip(settings(new), settings(old), strict=True) if row.value != was.value]
+
+
+def as_nearest(config: ExperimentConfig, near: tuple[ExperimentConfig, Preflight] | None) -> str:
+  """Returns what `nearest_fitting` found for a config, as text."""
+  if near is None:
+    return f'Of the nearest {LIMIT} settings none fits; more devices or a smaller model would.'
+  return f'The nearest that fits: {" ".join(changes(config, near[0]))}\n\n{as_text(near[1]).rstrip()}'

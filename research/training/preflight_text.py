@@ -96,8 +96,10 @@ def _speed_lines(speed: Speed) -> list[str]:
 
 
 def as_json(found: object) -> str:
-  """Returns a record as indented JSON; bytes, seconds and FLOPs without prefixes."""
-  return json.dumps(dataclasses.asdict(found), indent=2) + '\n'
+  """Returns a record, or a list of them, as indented JSON; numbers without prefixes."""
+  plain = ([dataclasses.asdict(part) for part in found] if isinstance(found, list)
+           else dataclasses.asdict(found))
+  return json.dumps(plain, indent=2) + '\n'
 
 
 def decode_text(found: DecodePreflight) -> str:

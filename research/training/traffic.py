@@ -6,11 +6,13 @@ wire types of `parallelism.storage`), by collectives that are bandwidth-optimal
 
 - Parameters are gathered in the compute dtype (vectors and routers: float32), with gather='layer'
   in every run of a layer's forward and once more in its backward; the ends (embeddings) once a
-  micro-batch. Gradients are scattered once a micro-batch, with 'step' both are done once. What
-  stays of them is summed over replicas once a step.
+  micro-batch. Gradients of layers are scattered once a micro-batch, those of the ends once a step,
+  as the compiler sums micro-batches first where it can (not in a pipeline). With gather='step' all
+  is done once. What stays of gradients is summed over replicas once a step.
 - With remat a layer's backward recomputes its forward but for what only its output needs. Nothing
   that is sent is kept.
-- A pipeline's backward runs a chunk's forward again, on top of remat; its last place runs no other.
+- A pipeline's backward runs a chunk's forward again, on top of remat (not where a chunk is one
+  layer, whose output backward does not need); its last place runs no other.
   Idle stages send the neighbors' arrays all the same. Stages differ: what counts is their mean.
 - Router losses, dropless experts in one round of exchange, balanced loads.
 - Updates of the optimizer are local (adamw, lion, sgd).
@@ -100,7 +102,10 @@ class _Plan:
   @property
   def forwards(self) -> float:
     """How often a layer's forward runs for a micro-batch, apart from remat."""
-    return 1.0 if self.sizes[STAGE] == 1 else 2.0 - 1.0 / self.n_places
+    single = self.config.model.n_layers <= self.n_places  # whose output no other layer needs
+    if self.sizes[STAGE] == 1 or (single and self.again):
+      return 1.0
+    return 2.0 - 1.0 / self.n_places
 
   @property
   def again(self) -> int:
@@ -124,7 +129,7 @@ def least_bytes(config: ExperimentConfig, sizes: Mapping[str, int], n_micro: int
   Args:
     config: an experiment that the mesh divides (`research.build.build`).
     sizes: devices of every mesh axis.
-    n_micro: micro-batches of a step (`research.build.count_microbatches`).
+    n_micro: micro-batches of a step (`research.training.divisions.count_microbatches`).
   """
   plan = _Plan(config, sizes, n_micro)
   _parameters(plan)
@@ -181,7 +186,7 @@ def _padding(plan: _Plan) -> float:
 def _end_runs(plan: _Plan, name: str) -> tuple[float, float]:
   """Returns how often an end's parameter is gathered and its gradient scattered."""
   if plan.sizes[STAGE] == 1:
-    return plan.n_micro, plan.n_micro
+    return plan.n_micro, 1.0
   uses = 2 if name == 'tokens' and plan.config.model.tie_embeddings else 1
   return uses * plan.ends, uses * plan.ends
 
