@@ -7,7 +7,8 @@ No TPU is needed, but libtpu is (pip install -e '.[tpu]'): each step is compiled
 assignment, which takes 10 to 100 seconds on two cores. The formulas of
 `research.training.memory` were fitted to the cases 'calibration' and committed (809a0c6) before
 those of 'judging' were compiled. Afterwards norms after branches (`saved_bytes`) and the tensor
-axis (`_work_bytes`) got a term each, judged by the cases 'later'. What the JSON file holds already is not compiled again.
+axis (`_work_bytes`) got a term each, judged by the cases 'later'. What the JSON file holds already
+is not compiled again.
 """
 
 import dataclasses

@@ -2,8 +2,11 @@
 
 Bytes of one device. Arguments (state and batch) are exact. All else is one heap, whose size is that
 of the fullest of three moments: the loss, the backward pass of a layer, and the sums of gradients
-at the end. Each term below is a formula of shapes; the few constants among them (`CONSTANTS`) were
-counted in the compiler's buffer assignments of `experiments.benchmarks.memory_prediction`.
+at the end. Each term below is a formula of shapes; how many arrays of a shape there are was counted
+in the buffer assignments of programs (`experiments.benchmarks.memory_prediction`). Where buffers
+of different moments do not pack well, the heap is larger than any of them, by a fifth at most
+there; MARGIN covers that. Of programs of a few hundred MiB much lies in the chip's vector memory
+instead, which is left out: they take less than predicted.
 
 Letters: T tokens of a device's micro-batch, l those it has between branches, D, F, V, H, K, E as
 everywhere, F, V, H, K of one tensor device; U = V * D, the embedding of one tensor device.
@@ -238,10 +241,10 @@ def _work_bytes(step: Step) -> dict[str, int]:
   """Returns what the backward pass of one layer takes beside what all layers keep.
 
   Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced);
-  queries, keys, values, output and gradients; the residual stream, split and whole (over tensor
-  both branches' tokens and their gradients are gathered); the gathered
-  matrices under way (two of three of a feed-forward) and float32 gradients not yet scattered.
-  Experts have rows and hidden units of all exchanged rows instead.
+  queries, keys, values, output and gradients; the residual stream, split and whole (over tensor the
+  tokens of both branches and their gradients are gathered); the gathered matrices under way (two of
+  three of a feed-forward) and float32 gradients not yet scattered. Experts have rows and hidden
+  units of all exchanged rows instead.
   """
   model, a, T, D = step.config.model, step.itemsize, step.tokens, step.config.model.d_model
   q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))

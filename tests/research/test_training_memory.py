@@ -144,3 +144,20 @@ def test_compiled_steps_take_what_is_predicted(rows, remat, axes):
   assert prediction.arguments == measured['arguments']
   assert abs(prediction.peak / measured['total'] - 1) < 0.15
   assert not (prediction.fits and measured['refused'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model, optimizer', [
+    ({'positions': 'alibi'}, {'name': 'adafactor', 'ema_decay': 0.99}),
+    ({'positions': 'learned', 'qkv_bias': True, 'out_bias': True, 'mlp_bias': True,
+      'norm': 'layernorm', 'mlp': 'gelu'}, {'name': 'muon'}),
+    ({'mlp': 'xielu', 'd_ff': 1000, 'vocab_size': 31_998, 'qk_norm': 'projection',
+      'norm_placement': 'sandwich'}, {'name': 'lion', 'moment_dtype': 'bfloat16'})])
+def test_arguments_are_exact_whatever_the_model_and_optimizer(model, optimizer):
+  pytest.importorskip('libtpu')
+  from experiments.benchmarks.memory_prediction import compiled_bytes, predicted
+  small = case('small', 'v5e:2x2', rows=8, length=1024, layers=2, fsdp=2, tensor=2)
+  small = dataclasses.replace(small, config=dataclasses.replace(
+      small.config, model=dataclasses.replace(small.config.model, **model),
+      optimizer=dataclasses.replace(small.config.optimizer, **optimizer)))
+  assert predicted(small).arguments == compiled_bytes(small)['arguments']
