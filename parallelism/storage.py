@@ -57,7 +57,7 @@ def _gathered(x: jax.Array, parts: Parts, wire: str, reduced_in: str) -> jax.Arr
 
 def _gathered_forward(x, parts, wire, reduced_in):
   """Returns all parts of x, and an empty array that remembers its dtype."""
-  return _gathered(x, parts, wire, reduced_in), jnp.zeros((0,), x.dtype)
+  return _all_gathered(x.astype(wire), parts), jnp.zeros((0,), x.dtype)
 
 
 def _gathered_backward(parts, wire, reduced_in, like, g):
@@ -67,6 +67,18 @@ def _gathered_backward(parts, wire, reduced_in, like, g):
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def keeps_all_but_parameters(primitive, *_: Any, **options: Any) -> bool:
+  """Returns, as a remat policy does, whether to keep a result: not of a gather, nor a view of one.
+
+  Gathers over 'tensor' are those of activations.
+  """
+  if primitive.name == 'all_gather':
+    return 'tensor' in options['axis_name']
+  if primitive.name == 'name':
+    return options['name'] != LABEL
+  return primitive.name not in ('reshape', 'convert_element_type')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,13 @@ from parallelism import context, experts, schedules, sharding
 from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
 from parallelism.compiler_options import compiler_options
 from parallelism.spread import OverTensor
-from parallelism.storage import LABEL, STAGE, Storage, over_devices, specs
+from parallelism.storage import (
+    STAGE,
+    Storage,
+    keeps_all_but_parameters,
+    over_devices,
+    specs,
+)
 from parallelism.zigzag import zigzag_order
 from research.config import ExperimentConfig
 from research.training import divisions, pipelined
@@ -249,8 +255,8 @@ def _gathering(storage: Storage, block_names: Any, without: tuple[str, ...], run
       return body(kind, carry, (storage.gathered(params, block_names, without), rest))
 
     def forgetful(kind, carry, inputs):
-      policy = jax.checkpoint_policies.save_anything_except_these_names(LABEL)
-      return jax.checkpoint(functools.partial(whole_body, kind), policy=policy)(carry, inputs)
+      whole = functools.partial(whole_body, kind)
+      return jax.checkpoint(whole, policy=keeps_all_but_parameters)(carry, inputs)
     return run(forgetful if config.remat == 'none' else whole_body, carry, inputs, config)
   return run_whole
 

@@ -118,8 +118,8 @@ def problems(config: ExperimentConfig, sizes: Sizes, shapes: Any, names: Any) ->
   group, compute = expert_group(config, sizes), config.compute
   found = [
       batch_problem(config, sizes), row_problem(config, sizes),
-      sharding.indivisible(sizes, shapes, names),
       experts.uneven_experts(config.model.moe.n_experts, group) if group else '',
+      sharding.indivisible(sizes, shapes, names),
       pipelined.too_many_places(config.model.n_layers, sizes['stage'],
                                 compute.pipeline_chunks if sizes['stage'] > 1 else 1)]
   yield from filter(None, found)

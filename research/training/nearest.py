@@ -12,6 +12,7 @@ from research.config import ExperimentConfig, settings
 from research.training import divisions
 from research.training.memory import argument_bytes
 from research.training.preflight import Preflight, preflight
+from research.training.preflight_text import as_text
 
 LIMIT = 10  # steps that are compiled, at most
 
@@ -55,7 +56,7 @@ def nearest_fitting(config: ExperimentConfig, first: Preflight, limit: int = LIM
 
 
 def _doubling(counts: list[int]) -> list[int]:
-  """Returns numbers of micro-batches of which each is at least twice the one before, the last too."""
+  """Returns numbers of which each is at least twice the one before, the last of all among them."""
   kept = counts[-1:]
   for n in reversed(counts):
     if 2 * n <= kept[0]:
@@ -93,3 +94,11 @@ def changes(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
   """Returns the settings in which a config differs from another, as launchers take them."""
   return [f'--config.{row.path}={row.value}'
           for row, was in zip(settings(new), settings(old), strict=True) if row.value != was.value]
+
+
+def as_nearest(config: ExperimentConfig, near: tuple[ExperimentConfig, Preflight] | None) -> str:
+  """Returns what `nearest_fitting` found for a config, as text."""
+  if near is None:
+    return f'Of the nearest {LIMIT} settings none fits; more devices or a smaller model would.'
+  return (f'The nearest that fits: {" ".join(changes(config, near[0]))}\n\n'
+          f'{as_text(near[1]).rstrip()}')

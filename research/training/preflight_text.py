@@ -96,8 +96,10 @@ def _speed_lines(speed: Speed) -> list[str]:
 
 
 def as_json(found: object) -> str:
-  """Returns a record as indented JSON; bytes, seconds and FLOPs without prefixes."""
-  return json.dumps(dataclasses.asdict(found), indent=2) + '\n'
+  """Returns a record, or a list of them, as indented JSON; numbers without prefixes."""
+  plain = ([dataclasses.asdict(part) for part in found] if isinstance(found, list)
+           else dataclasses.asdict(found))
+  return json.dumps(plain, indent=2) + '\n'
 
 
 def decode_text(found: DecodePreflight) -> str:
@@ -111,8 +113,9 @@ def decode_text(found: DecodePreflight) -> str:
            ('sent', scaled(found.sent, 'B')), ('step', scaled(found.seconds, 's')),
            ('bound by', found.bound), ('tokens per second, at most', f'{found.ceiling:,.0f}')]
   return '\n'.join([
-      f'{found.experiment}, one step of decoding on {found.topology}, mesh {axes or "of one device"}:'
-      f' {found.rows:,} rows, a cache of {found.capacity:,} tokens each', '',
+      f'{found.experiment}, one step of decoding on {found.topology}, '
+      f'mesh {axes or "of one device"}: {found.rows:,} rows, '
+      f'a cache of {found.capacity:,} tokens each', '',
       f'Memory of a device: {"fits" if found.fits else "DOES NOT FIT"}, {left}', *aligned(memory),
       *([f'  {found.refusal}'] if found.refusal else []), '',
       'Roofline estimate of a step, per device (at best)', *aligned(speed)]) + '\n'

@@ -11,7 +11,8 @@ wire types of `parallelism.storage`), by collectives that are bandwidth-optimal
   is done once. What stays of gradients is summed over replicas once a step.
 - With remat a layer's backward recomputes its forward but for what only its output needs. Nothing
   that is sent is kept.
-- A pipeline's backward runs a chunk's forward again, on top of remat; its last place runs no other.
+- A pipeline's backward runs a chunk's forward again, on top of remat (not where a chunk is one
+  layer, whose output backward does not need); its last place runs no other.
   Idle stages send the neighbors' arrays all the same. Stages differ: what counts is their mean.
 - Router losses, dropless experts in one round of exchange, balanced loads.
 - Updates of the optimizer are local (adamw, lion, sgd).
@@ -101,7 +102,10 @@ class _Plan:
   @property
   def forwards(self) -> float:
     """How often a layer's forward runs for a micro-batch, apart from remat."""
-    return 1.0 if self.sizes[STAGE] == 1 else 2.0 - 1.0 / self.n_places
+    single = self.config.model.n_layers <= self.n_places  # whose output no other layer needs
+    if self.sizes[STAGE] == 1 or (single and self.again):
+      return 1.0
+    return 2.0 - 1.0 / self.n_places
 
   @property
   def again(self) -> int:
