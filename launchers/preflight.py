@@ -28,7 +28,7 @@ TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', "TPUs of one slice, such a
 SLICES = flags.DEFINE_integer('slices', 1, 'slices, joined by the data-center network', 1)
 FULL = flags.DEFINE_bool('full', False, 'let the compiler generate code, too: ten times as long')
 DECODE = flags.DEFINE_bool('decode', False, 'a step of decoding instead, with a full cache')
-SEARCH = flags.DEFINE_integer('search', 0, 'rank meshes instead, without compiling, and show so many')
+SEARCH = flags.DEFINE_integer('search', 0, 'rank so many meshes instead, without compiling')
 JSON = flags.DEFINE_string('json', '', 'write what was found to this file, too')
 
 

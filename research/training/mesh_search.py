@@ -5,9 +5,10 @@ remat and number of micro-batches. What does not divide the model (`divisions`) 
 to fit (`memory`) is left out, what remains is ranked by the seconds of a step: an estimate for
 choosing, by formulas; `research.training.preflight` compiles the few that matter.
 
-Not searched, by rule: stages of fewer than two micro-batches each, rows split over devices below
-LEAST_TOKENS tokens each, axes of experts without experts. For a mesh without stages the fewest
-micro-batches that fit are taken: more of them gather parameters more often and save memory alone.
+Not searched, by rule: fewer than two micro-batches per stage (where there are rows for them) or
+more than MOST_PER_STAGE, rows split over devices below LEAST_TOKENS tokens each, axes of experts
+without experts. For a mesh without stages the fewest micro-batches that fit are taken: more of
+them gather parameters more often and save memory alone.
 Experts are taken to cost what their chosen tokens cost, as a grouped product does.
 """
 
@@ -32,6 +33,7 @@ from research.training.leaves import state_leaves
 from research.training.traffic import least_bytes
 
 LEAST_TOKENS = 512  # of a row on a device of mesh.context or, between branches, of mesh.tensor
+MOST_PER_STAGE = 16  # micro-batches: a bubble of 6%
 F32 = 4
 # The rest was counted in roofline estimates of compiled steps of a model of width 2,048 on v5e:2x4.
 # Times that a layer's activations pass through the memory outside of matrix products, forward and
@@ -154,7 +156,8 @@ def _fitting(config: ExperimentConfig, sizes: dict[str, int], chip: str, remats:
   for remat in remats:
     model = dataclasses.replace(config.model, remat=remat)
     for n_micro in counts:
-      if microbatches and sizes['stage'] > 1 and n_micro < min(2 * sizes['stage'], rows):
+      if microbatches and sizes['stage'] > 1 and not (
+          min(2 * sizes['stage'], rows) <= n_micro <= MOST_PER_STAGE * sizes['stage']):
         continue
       compute = config.compute
       if microbatches:

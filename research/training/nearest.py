@@ -56,7 +56,7 @@ def nearest_fitting(config: ExperimentConfig, first: Preflight, limit: int = LIM
 
 
 def _doubling(counts: list[int]) -> list[int]:
-  """Returns numbers of micro-batches of which each is at least twice the one before, the last too."""
+  """Returns numbers of which each is at least twice the one before, the last of all among them."""
   kept = counts[-1:]
   for n in reversed(counts):
     if 2 * n <= kept[0]:
@@ -100,4 +100,5 @@ def as_nearest(config: ExperimentConfig, near: tuple[ExperimentConfig, Preflight
   """Returns what `nearest_fitting` found for a config, as text."""
   if near is None:
     return f'Of the nearest {LIMIT} settings none fits; more devices or a smaller model would.'
-  return f'The nearest that fits: {" ".join(changes(config, near[0]))}\n\n{as_text(near[1]).rstrip()}'
+  return (f'The nearest that fits: {" ".join(changes(config, near[0]))}\n\n'
+          f'{as_text(near[1]).rstrip()}')

@@ -24,7 +24,7 @@ from research.config import ExperimentConfig
 class DecodePreflight:
   """What is known of a step that decodes one token per row.
 
-  Bytes, FLOPs and seconds are those of one device; the cache has room for the model's whole context.
+  Bytes, FLOPs and seconds are those of one device; the cache has room for the model's context.
   ceiling is the most tokens per second of all rows, by the roofline of HBM, FLOPs and links.
   """
 

@@ -113,8 +113,9 @@ def decode_text(found: DecodePreflight) -> str:
            ('sent', scaled(found.sent, 'B')), ('step', scaled(found.seconds, 's')),
            ('bound by', found.bound), ('tokens per second, at most', f'{found.ceiling:,.0f}')]
   return '\n'.join([
-      f'{found.experiment}, one step of decoding on {found.topology}, mesh {axes or "of one device"}:'
-      f' {found.rows:,} rows, a cache of {found.capacity:,} tokens each', '',
+      f'{found.experiment}, one step of decoding on {found.topology}, '
+      f'mesh {axes or "of one device"}: {found.rows:,} rows, '
+      f'a cache of {found.capacity:,} tokens each', '',
       f'Memory of a device: {"fits" if found.fits else "DOES NOT FIT"}, {left}', *aligned(memory),
       *([f'  {found.refusal}'] if found.refusal else []), '',
       'Roofline estimate of a step, per device (at best)', *aligned(speed)]) + '\n'

@@ -72,7 +72,8 @@ def test_what_does_not_fit_ends_with_one_and_what_would():
     (['--config.mesh.expert=8', '--config.model.moe.n_experts=12'],
      'model.moe.n_experts=12 does not split over mesh.expert=8'),
     (['--config.mesh.tensor=8'], 'is not divided by mesh.tensor=8; 4 parts would fit'),
-    (['--slices=3', '--config.mesh.data=2', '--config.mesh.fsdp=12'], 'is not a multiple of the 3 slices'),
+    (['--slices=3', '--config.mesh.data=2', '--config.mesh.fsdp=12'],
+     'is not a multiple of the 3 slices'),
 ])
 def test_bad_input_is_one_sentence(arguments, words):
   result = launch(*arguments)
@@ -89,3 +90,23 @@ def test_a_step_of_decoding(tmp_path):
   # Two layers of keys and values of 48 rows, 64 tokens, 2 heads of 128, 2 bytes, 8 devices.
   assert found['cache'] == 2 * 2 * 48 * 64 * 2 * 128 * 2 // 8 + 48 // 4 * 4
   assert found['fits'] and found['ceiling'] == pytest.approx(48 / found['seconds'])
+
+
+def test_meshes_are_ranked(tmp_path):
+  path = tmp_path / 'search.json'
+  result = launch('--search=3', f'--json={path}', *SMALL)
+  assert result.returncode == 0, result.stderr
+  assert len(result.stdout.splitlines()) == 4  # a header and three placements
+  seconds = [candidate['seconds'] for candidate in json.loads(path.read_text())]
+  assert seconds == sorted(seconds) and len(seconds) == 3
+
+
+def test_two_slices_have_bytes_but_no_time(tmp_path):
+  path = tmp_path / 'slices.json'
+  result = launch('--slices=2', '--full', f'--json={path}', *SMALL, '--config.mesh.data=2')
+  assert result.returncode == 0, result.stderr
+  found = json.loads(path.read_text())
+  assert found['n_devices'] == 16 and found['code'] and found['speed'] is None
+  assert 'Roofline' not in result.stdout
+  assert any(row['axes'] == ['data'] and row['kind'] == 'all-reduce'
+             for row in found['collectives'])
