@@ -215,7 +215,7 @@ def saved_bytes(step: Step) -> int:
   full: its input, l D. dots: also the results of matrix products that backward reads: queries, keys
   and values, the attention's output before it is summed over tensor (T D), the hidden units (T F,
   twice if gated), what a norm after the feed-forward reads (T D). none: also what lies between:
-  norms in float32, rotated and transposed heads, activations, and the gathered matrices themselves.
+  norms in float32, rotated and transposed heads, activations.
   The minor dimension is padded to 128.
   """
   model, a, T = step.config.model, step.itemsize, step.tokens
@@ -233,8 +233,7 @@ def saved_bytes(step: Step) -> int:
   hidden = T * F * (3 + 3 * gated) * a
   if step.n_choices:
     hidden = step.n_choices * (5 * model.moe.d_expert + 2 * D) * a
-  wide = _block_bytes(step).layer if math.prod(step.sizes.values()) > 1 else 0
-  return 4 * step.stream(F32) + 3 * T * D * a + heads + hidden + wide
+  return 4 * step.stream(F32) + 3 * T * D * a + heads + hidden
 
 
 def _work_bytes(step: Step) -> dict[str, int]:

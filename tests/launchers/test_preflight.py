@@ -50,6 +50,7 @@ def test_what_fits_is_told_and_written(tmp_path):
   assert {row['kind'] for row in found['collectives']} >= {'all-gather', 'reduce-scatter'}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_one_and_what_would():
   wide = ('--config.mesh.data=8', '--config.model.d_model=4096', '--config.model.d_ff=16384',
           '--config.model.n_layers=8', '--config.model.remat=full',
@@ -82,6 +83,7 @@ def test_bad_input_is_one_sentence(arguments, words):
   assert len(lines) == 1 and lines[0].startswith('error: ') and words in lines[0], lines
 
 
+@pytest.mark.slow
 def test_a_step_of_decoding(tmp_path):
   path = tmp_path / 'decode.json'
   result = launch('--decode', f'--json={path}', *SMALL)
@@ -92,6 +94,7 @@ def test_a_step_of_decoding(tmp_path):
   assert found['fits'] and found['ceiling'] == pytest.approx(48 / found['seconds'])
 
 
+@pytest.mark.slow
 def test_meshes_are_ranked(tmp_path):
   path = tmp_path / 'search.json'
   result = launch('--search=3', f'--json={path}', *SMALL)
@@ -101,6 +104,7 @@ def test_meshes_are_ranked(tmp_path):
   assert seconds == sorted(seconds) and len(seconds) == 3
 
 
+@pytest.mark.slow
 def test_two_slices_have_bytes_but_no_time(tmp_path):
   path = tmp_path / 'slices.json'
   result = launch('--slices=2', '--full', f'--json={path}', *SMALL, '--config.mesh.data=2')
