@@ -104,6 +104,10 @@ class Storage:
              for i, name in enumerate(names) if name in GATHERED)
     return tuple((i, axes) for i, axes in parts if axes)
 
+  def splits(self, names: Any) -> bool:
+    """Returns whether any of the parameters has to be gathered for use."""
+    return any(self._parts(leaf) for leaf in jax.tree.leaves(names, is_leaf=_is_names))
+
   def gathered(self, params: Any, names: Any, without: tuple[str, ...] = ()) -> Any:
     """Returns whole parameters, those over the axes `without` left in parts.
 

@@ -39,20 +39,14 @@ from models.kernels.decoding import Decoded
 from models.kernels.interface import Attended
 from models.spread import Spread
 from models.stack import run_layers, scans_layers
-from parallelism import context, experts, schedules, sharding
+from parallelism import context, experts, sharding
 from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
 from parallelism.compiler_options import compiler_options
 from parallelism.spread import OverTensor
-from parallelism.storage import (
-    STAGE,
-    Storage,
-    keeps_all_but_parameters,
-    over_devices,
-    specs,
-)
+from parallelism.storage import STAGE, Storage, over_devices, specs
 from parallelism.zigzag import zigzag_order
 from research.config import ExperimentConfig
-from research.training import divisions, pipelined
+from research.training import divisions, totals
 from research.training import step as step_lib
 from research.training.config import OptimizerConfig
 from research.training.optimizers import make_optimizer, schedule
@@ -128,7 +122,7 @@ class Build:
   def total_up(self):
     """Returns f(params, batch, key data, n_tokens) -> Totals of the whole batch."""
     if self.mesh.shape[STAGE] == 1:
-      totals_and_nothing = self._over_devices(_accumulated(self), ())
+      totals_and_nothing = self._over_devices(totals.accumulated(self), ())
       return lambda *arguments: totals_and_nothing(*arguments)[0]
     pipelined_totals = self.pipelined_totals()
     return lambda *arguments: pipelined_totals(*arguments)[0]
@@ -138,7 +132,7 @@ class Build:
 
     What ran are the forwards and backwards of each tick, int32 [ticks, stages, 2].
     """
-    return self._over_devices(_pipelined(self), sharding.PartitionSpec(None, STAGE))
+    return self._over_devices(totals.through_stages(self), sharding.PartitionSpec(None, STAGE))
 
   def _over_devices(self, on_device, more):
     """Returns on_device(params, batch, key data, n_tokens) -> (Totals, more) over all devices."""
@@ -158,7 +152,7 @@ class Build:
 
   def eval_step(self):
     """Returns the jitted f(params, batch) -> nats [B, L]."""
-    gather = functools.partial(_gather_ends, self.storage, self.names)
+    gather = totals.gather_first(self.config, self.storage, self.names)
     rows = sharding.partition_spec(BATCH_NAMES)
     on_devices = over_devices(
         self.mesh, step_lib.make_eval_step(self.config, self.device_graphdef, gather),
@@ -260,89 +254,6 @@ def _storage(config: ExperimentConfig, mesh: Mesh) -> Storage:
   return Storage(dict(mesh.shape), config.model.compute_dtype, config.compute.reduce_dtype)
 
 
-def _gather_ends(storage: Storage, names: Any, params: Any, without: tuple[str, ...] = ()) -> Any:
-  """Returns the parameters with those outside the blocks made whole."""
-  ends = {name: storage.gathered(params[name], names[name], without) for name in step_lib.ENDS}
-  return {**params, **ends}
-
-
-def _gathering(storage: Storage, block_names: Any, without: tuple[str, ...], run) -> Callable:
-  """Returns a `RunLayers` in which the parameters of a layer are made whole where it runs.
-
-  Backward gathers them again, whatever else is kept for it.
-  """
-  def run_whole(body, carry, inputs, config):
-    def whole_body(kind, carry, inputs):
-      params, rest = inputs
-      return body(kind, carry, (storage.gathered(params, block_names, without), rest))
-
-    def forgetful(kind, carry, inputs):
-      whole = functools.partial(whole_body, kind)
-      return jax.checkpoint(whole, policy=keeps_all_but_parameters)(carry, inputs)
-    return run(forgetful if config.remat == 'none' else whole_body, carry, inputs, config)
-  return run_whole
-
-
-def _of_one_layer(names: Any) -> Any:
-  """Returns the logical names of blocks without the axis that stacks them."""
-  return jax.tree.map(lambda leaf: leaf[1:], names, is_leaf=lambda leaf: isinstance(leaf, tuple))
-
-
-def _accumulated(built: Build):
-  """Returns what `Build.total_up` runs on a device: its micro-batches one after another."""
-  config, storage, names = built.config, built.storage, built.names
-  if config.compute.gather == 'layer':
-    gather = functools.partial(_gather_ends, storage, names)
-    loss = step_lib.make_loss(config, built.device_graphdef, gather)
-    totals_of = step_lib.make_accumulate(loss, built.n_micro)
-  else:
-    loss = step_lib.make_loss(config, built.device_graphdef)
-    accumulate = step_lib.make_accumulate(loss, built.n_micro)
-
-    def totals_of(params, batch, key, n_tokens):
-      totals = accumulate(storage.gathered(params, names), batch, key, n_tokens)
-      return totals._replace(gradients=storage.scattered(totals.gradients, names))
-
-  def on_device(params, batch, key_data, n_tokens):
-    totals = totals_of(params, batch, jax.random.wrap_key_data(key_data), n_tokens)
-    gradients = storage.summed(totals.gradients, names)
-    return step_lib.Totals(*storage.total(totals[:2]), gradients), ()
-  return on_device
-
-
-def _pipelined(built: Build):
-  """Returns what `Build.total_up` runs on a device: its stage's part of all micro-batches."""
-  config, storage, names = built.config, built.storage, built.names
-  n_stages, compute = built.mesh.shape[STAGE], config.compute
-  order_Pn = pipelined.layer_order(config.model.n_layers, n_stages, compute.pipeline_chunks)
-  order_SN = pipelined.by_stage(order_Pn, n_stages)
-  planned = schedules.schedule(compute.pipeline, n_stages, built.n_micro, compute.pipeline_chunks)
-  end_names = {name: names[name] for name in step_lib.ENDS}
-  by_layer = compute.gather == 'layer'
-  whole = functools.partial(storage.gathered, without=(STAGE,))
-  gather = (lambda ends: whole(ends, end_names)) if by_layer else lambda ends: ends
-  own_run = functools.partial(_gathering, storage, _of_one_layer(names['blocks']), (STAGE,))
-  run = pipelined.make_pipelined(config, built.device_graphdef, planned, order_Pn, gather,
-                                 own_run if by_layer else lambda run: run)
-
-  def on_device(params, batch, key_data, n_tokens):
-    blocks = storage.to_stages(params['blocks'], names['blocks'], order_SN)
-    ends = storage.to_ends({name: params[name] for name in step_lib.ENDS}, end_names)
-    if not by_layer:
-      blocks, ends = whole(blocks, names['blocks']), whole(ends, end_names)
-    totals, ran = run(blocks, ends, batch, jax.random.wrap_key_data(key_data), n_tokens)
-    d_blocks = totals.gradients.pop('blocks')
-    d_ends = totals.gradients
-    if not by_layer:
-      scattered = functools.partial(storage.scattered, without=(STAGE,))
-      d_blocks, d_ends = scattered(d_blocks, names['blocks']), scattered(d_ends, end_names)
-    gradients = {**storage.from_ends(d_ends, end_names),
-                 'blocks': storage.from_stages(d_blocks, names['blocks'], order_SN)}
-    gradients = storage.summed(gradients, names)
-    return step_lib.Totals(*storage.total(totals[:2]), gradients), ran[:, None]
-  return on_device
-
-
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   """Returns the choices that change bits but not meaning, for the manifest and for reuse."""
   device = mesh.devices.flat[0]
@@ -371,8 +282,8 @@ def _device_seams(config: ExperimentConfig, mesh: Mesh, names: Any) -> transform
   if n_tensor > 1:
     attend = with_own_slopes(attend, 'tensor')
   run, storage = run_layers, _storage(config, mesh)
-  if config.compute.gather == 'layer' and mesh.size > 1:
-    run = _gathering(storage, _of_one_layer(names['blocks']), (), run)
+  if config.compute.gather == 'layer' and storage.splits(names):
+    run = totals.gathering(storage, totals.of_one_layer(names['blocks']), (), run)
   return transformer.Seams(
       attend=attend, run_layers=run, expert_dispatch=_expert_dispatch(config, mesh),
       token_sum=storage.token_total,

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from models.config import ModelConfig
@@ -78,3 +79,23 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_sentence(mesh, model, comput
   with pytest.raises(ValueError) as error:
     build_lib.build(config, make_mesh(mesh), {})
   assert says in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('mesh, compute', [
+    ({'fsdp': 4, 'tensor': 2}, {'gather': 'step'}), ({'context': 4, 'fsdp': 2}, {}),
+    ({'stage': 2, 'fsdp': 2, 'context': 2}, {'gather': 'step', 'context': 'all_to_all'})], ids=str)
+def test_the_held_out_loss_is_that_of_one_device(mesh, compute):
+  rng = np.random.default_rng(0)
+  batch = {name: rng.integers(1, 90, (16, 32)).astype(np.int32) for name in ('tokens', 'targets')}
+  batch |= {'positions': np.tile(np.arange(32, dtype=np.int32), (16, 1)),
+            'segment_ids': np.ones((16, 32), np.int32),
+            'loss_mask': rng.integers(0, 2, (16, 32)).astype(np.float32)}
+
+  def nats(mesh, **compute):
+    config = config_for(MeshConfig(**{'data': 1, **mesh}), matmul_precision='highest', **compute)
+    built = build_lib.build(config, make_mesh(config.mesh), {})
+    return np.asarray(built.eval_step()(built.init_state().params, built.place_batch(batch)))
+
+  want = nats({})
+  assert want[batch['loss_mask'] > 0].min() > 1
+  np.testing.assert_allclose(nats(mesh, **compute), want, atol=1e-5)
