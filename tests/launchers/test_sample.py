@@ -104,7 +104,8 @@ def test_the_mesh_of_a_run_is_kept_where_it_fits(mesh, n_devices, chosen, monkey
   devices = jax.devices()[:n_devices]
   monkeypatch.setattr(jax, 'devices', lambda: devices)
   config = config_lib.ExperimentConfig(mesh=mesh)  # of width 128
-  assert tuple(samples._mesh(config).shape.values()) == chosen
+  sizes = samples._mesh(config).shape
+  assert tuple(sizes[axis] for axis in ('data', 'fsdp', 'tensor')) == chosen
 
 
 def test_room_is_checked_for_every_prompt_before_anything_is_built(run_dir, monkeypatch):
