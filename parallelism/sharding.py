@@ -94,7 +94,8 @@ def indivisible(sizes: Mapping[str, int], shapes: Any, logical_axes: Any) -> str
         axes = ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in STORAGE[name]
                           if sizes[axis] > 1)
         return (f'parameter {path_name(path)}: its {name!r} axis of {size} is not divided by '
-                f'{axes}; {nearest_divisor(size, parts)} parts would fit')
+                f'{axes}; the nearest number of devices that divides it is '
+                f'{nearest_divisor(size, parts)}')
   return ''
 
 

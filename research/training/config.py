@@ -61,7 +61,7 @@ class ComputeConfig:
 
   KIND: ClassVar[str] = 'placement'
 
-  microbatch_tokens: A[int, 'tokens per micro-batch and data replica inside the step; 0 chooses '
+  microbatch_tokens: A[int, 'tokens per micro-batch on a device inside the step; 0 chooses '
                        'by platform and width (CPU: what stays in cache; a pipeline: 4 per stage; '
                        'else the whole batch)'] = 0
   loss_chunk: A[int, 'tokens whose logits exist at one time'] = 1024

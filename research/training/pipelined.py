@@ -1,7 +1,6 @@
 """The gradients of a batch through a pipeline: the model cut into stages of layer chunks."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from models.stack import REMATS
 from parallelism import pipeline
 from parallelism.schedules import Schedule
 from research.training.step import (
-    ENDS,
     Batch,
     Totals,
     dropout_of,
@@ -149,8 +147,3 @@ def make_pipelined(config, graphdef, schedule: Schedule, order_Pn: np.ndarray,
     d_blocks = jax.tree.map(lambda g: g.reshape(C * n, *g.shape[2:]), d_chunks)
     return Totals(loss, sums, {'blocks': d_blocks, **d_ends}), ran
   return pipelined
-
-
-def split_ends(params: Any) -> tuple[Any, Any]:
-  """Returns the parameters of the blocks, and those outside them."""
-  return params['blocks'], {name: params[name] for name in ENDS}

@@ -131,7 +131,7 @@ def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransfo
 
   Args:
     config: the experiment.
-    total_up: (params, batch, key) -> Totals over the whole batch.
+    total_up: (params, batch, key data, n_tokens) -> Totals over the whole batch.
     optimizer: the Optax transformation at learning rate 1.
     learning_rate: step -> learning rate.
   """

@@ -72,7 +72,8 @@ def test_what_does_not_fit_ends_with_one_and_what_would():
     (['--config.data.batch_size=12'], 'data.batch_size=12 is not divided by mesh.data=8; 16 is'),
     (['--config.mesh.expert=8', '--config.model.moe.n_experts=12'],
      'model.moe.n_experts=12 does not split over mesh.expert=8'),
-    (['--config.mesh.tensor=8'], 'is not divided by mesh.tensor=8; 4 parts would fit'),
+    (['--config.mesh.tensor=8'], 'is not divided by mesh.tensor=8; the nearest number of devices '
+     'that divides it is 4'),
     (['--slices=3', '--config.mesh.data=2', '--config.mesh.fsdp=12'],
      'is not a multiple of the 3 slices'),
 ])
