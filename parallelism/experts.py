@@ -12,7 +12,7 @@ choose one expert. Memory does not depend on the loads; groups need not agree wi
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

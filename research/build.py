@@ -4,7 +4,6 @@ A training step and the held-out loss run by `over_devices`: every device on its
 collectives written out. What observes a model (monitors, samples) leaves its layout to the compiler.
 """
 
-from collections.abc import Callable
 import ctypes
 import dataclasses
 import functools
