@@ -85,7 +85,11 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-  """What is known of a step before it runs; collectives and speed only of one that fits."""
+  """What is known of a step before it runs.
+
+  collectives and speed are those of the compiled program, none where the compiler left none; speed
+  is None for several slices, too.
+  """
 
   experiment: str
   topology: str

@@ -65,12 +65,12 @@ def memory_lines(memory: Memory, fits: bool) -> list[str]:
 
 
 def _sent_lines(found: Preflight) -> list[str]:
-  """Returns the table of collectives; those below a thousandth of all are left out."""
+  """Returns the table of collectives; what is below a thousandth of all is left out."""
   total = sum(row.sent for row in found.collectives)
   least = sum(row.least for row in found.collectives)
   rows = [('kind', 'axes', 'sent', 'least', 'ratio')]
   rows += [(row.kind, '+'.join(row.axes), scaled(row.sent, 'B'), scaled(row.least, 'B'),
-            '' if row.ratio is None else f'{row.ratio:.3f}')
+            f'{row.ratio:.3f}' if row.ratio is not None and row.least >= least / 1000 else '')
            for row in found.collectives if max(row.sent, row.least) >= total / 1000]
   rows += [('all', '', scaled(total, 'B'), scaled(least, 'B'),
             f'{total / least:.3f}' if least else '')]

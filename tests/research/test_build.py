@@ -13,6 +13,7 @@ from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research.config import ExperimentConfig
 from research.data.config import DataConfig
+from research.training.checkpoints import Checkpoints
 from research.training.config import ComputeConfig
 
 MODEL = ModelConfig(vocab_size=96, context_length=32, n_layers=4, d_model=64, n_heads=8,
@@ -99,3 +100,22 @@ def test_the_held_out_loss_is_that_of_one_device(mesh, compute):
   want = nats({})
   assert want[batch['loss_mask'] > 0].min() > 1
   np.testing.assert_allclose(nats(mesh, **compute), want, atol=1e-5)
+
+
+def test_a_checkpoint_of_a_pipeline_is_read_on_any_mesh(tmp_path):
+  config = config_for(MeshConfig(data=1, stage=2, fsdp=2, tensor=2))
+  state = build_lib.build(config, make_mesh(config.mesh), {}).init_state()
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(3, state._replace(step=jnp.int32(3)), {'step': 3, 'tokens': 0}, {})
+  checkpoints.close()
+  for axes in ({}, {'fsdp': 8}, {'context': 4, 'fsdp': 2}):
+    config = config_for(MeshConfig(**{'data': 1, **axes}))
+    target = build_lib.build(config, make_mesh(config.mesh), {}).abstract_state
+    checkpoints = Checkpoints(tmp_path)
+    read, position = checkpoints.restore(3, target)
+    checkpoints.close()
+    assert position['step'] == int(read.step) == 3
+    for got, want, leaf in zip(*map(jax.tree.leaves, (read.params, state.params, target.params)),
+                               strict=True):
+      assert got.sharding == leaf.sharding
+      np.testing.assert_array_equal(got, want)
