@@ -5,8 +5,11 @@ from typing import Any
 
 from experiments import llama3_70b, llama3_8b, olmo3_7b, qwen3_30b_a3b
 from models.config import ModelConfig
+from parallelism.compile_only import compile_apart
 from parallelism.mesh import MeshConfig
 from research.config import ExperimentConfig
+from research.training import memory
+from research.training.preflight import lowered_step
 
 SMALL = ModelConfig(
     vocab_size=32_000, context_length=8192, n_layers=16, d_model=1024, n_heads=16, n_kv_heads=8,
@@ -110,3 +113,15 @@ def later() -> list[Case]:
       case('8b', 'v5e:2x4', rows=8, layers=4, remat='dots', tensor=8),
       case('8b', 'v6e:2x4', rows=16, layers=4, fsdp=2, tensor=4),
   ]
+
+
+def compiled_bytes(case: Case) -> dict[str, Any]:
+  """Returns what the compiler says: bytes of arguments and of all, and whether it refuses them."""
+  compiled = compile_apart(lowered_step, case.config, case.topology)
+  return {'arguments': compiled.arguments, 'total': compiled.total,
+          'refused': compiled.refusal is not None, 'seconds': round(compiled.seconds, 1)}
+
+
+def predicted(case: Case) -> memory.Prediction:
+  """Returns the prediction for a case."""
+  return memory.predict(case.config, dataclasses.asdict(case.config.mesh), case.topology)

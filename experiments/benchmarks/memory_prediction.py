@@ -11,7 +11,6 @@ axis (`_work_bytes`) got a term each, judged by the cases 'later'. What the JSON
 is not compiled again.
 """
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -20,28 +19,20 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import table
-from experiments.benchmarks.memory_cases import Case, calibration, judging, later
-from parallelism.compile_only import compile_apart
+from experiments.benchmarks.memory_cases import (
+    Case,
+    calibration,
+    compiled_bytes,
+    judging,
+    later,
+    predicted,
+)
 from research.run_dir import write_whole
-from research.training import memory
-from research.training.preflight import lowered_step
 
 GROUPS = {'calibration': calibration, 'judging': judging, 'later': later}
 CASES = flags.DEFINE_list('cases', list(GROUPS), f'of {", ".join(GROUPS)}')
 JSON = flags.DEFINE_string('json', 'memory_prediction.json', 'where the figures go and come from')
 MIB = 2**20
-
-
-def compiled_bytes(case: Case) -> dict[str, Any]:
-  """Returns what the compiler says: bytes of arguments and of all, and whether it refuses them."""
-  compiled = compile_apart(lowered_step, case.config, case.topology)
-  return {'arguments': compiled.arguments, 'total': compiled.total,
-          'refused': compiled.refusal is not None, 'seconds': round(compiled.seconds, 1)}
-
-
-def predicted(case: Case) -> memory.Prediction:
-  """Returns the prediction for a case."""
-  return memory.predict(case.config, dataclasses.asdict(case.config.mesh), case.topology)
 
 
 def row(case: Case, measured: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from experiments.benchmarks.memory_cases import case
+from experiments.benchmarks.memory_cases import case, compiled_bytes, predicted
 from parallelism import sharding
 from parallelism.mesh import AXES
 from research.build import state_facts
@@ -138,7 +138,6 @@ def test_mirrored_takes_the_value_of_the_parameter_of_the_same_path_and_shape():
     (16, 'full', {'stage': 2, 'fsdp': 2})])
 def test_compiled_steps_take_what_is_predicted(rows, remat, axes):
   pytest.importorskip('libtpu')
-  from experiments.benchmarks.memory_prediction import compiled_bytes, predicted
   small = case('small', 'v5e:2x2', rows=rows, length=2048, remat=remat, **axes)
   measured, prediction = compiled_bytes(small), predicted(small)
   assert prediction.arguments == measured['arguments']
@@ -155,7 +154,6 @@ def test_compiled_steps_take_what_is_predicted(rows, remat, axes):
       'norm_placement': 'sandwich'}, {'name': 'lion', 'moment_dtype': 'bfloat16'})])
 def test_arguments_are_exact_whatever_the_model_and_optimizer(model, optimizer):
   pytest.importorskip('libtpu')
-  from experiments.benchmarks.memory_prediction import compiled_bytes, predicted
   small = case('small', 'v5e:2x2', rows=8, length=1024, layers=2, fsdp=2, tensor=2)
   small = dataclasses.replace(small, config=dataclasses.replace(
       small.config, model=dataclasses.replace(small.config.model, **model),
