@@ -145,8 +145,31 @@ def _arranged(sizes: dict[str, int], devices: list[jax.Device], n_slices: int) -
     return mesh_utils.create_hybrid_device_mesh(fast, slow, devices,
                                                 allow_split_physical_axes=True)
   try:
+    if devices[0].platform == 'tpu' and max(shape) == len(devices) == 16:
+      # One axis of a 4x4 would become a ring, over which the compiler (libtpu 0.0.52) sums the whole
+      # where it should scatter; over rows it scatters (see `slice_levels`).
+      return mesh_utils.create_device_mesh((4, 4), devices).reshape(shape)
     # An axis gets whole dimensions of the torus where its size allows, else a part of one.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   except (AssertionError, NotImplementedError):
     # A few chips of a slice that are no cuboid have no torus; they keep their order.
     return np.array(devices).reshape(shape)
+
+
+def slice_levels(mesh: Mesh) -> tuple[int, ...]:
+  """Returns the sizes, outermost first, of the steps in which whole slices gather and scatter.
+
+  Over all devices of a torus of several dimensions the TPU compiler (libtpu 0.0.52) sends
+  all-reduces in place of scatters, in three dimensions of gathers too: up to twice the bytes. Along
+  the outermost dimension and then over the rest of them it has both. One size says that one
+  collective serves.
+  """
+  devices = list(mesh.devices.flat)
+  devices = devices[:len(devices) // len(_slices(devices))]
+  if devices[0].platform != 'tpu':
+    return (len(devices),)
+  for places in np.array([device.coords for device in devices]).T:
+    blocks = places.reshape(len(set(places)), -1)
+    if 1 < len(blocks) < len(devices) and (blocks == blocks[:, :1]).all():
+      return blocks.shape
+  return (len(devices),)

@@ -8,6 +8,7 @@ and summed over those along which it is replicated.
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,27 +21,43 @@ from parallelism.sharding import GATHERED, STORAGE, TOKEN_AXES, Names
 STAGE = 'stage'
 # Axes of matrices that models cast to their compute dtype where they use them.
 CAST = frozenset(('mlp', 'heads', 'kv_heads', 'vocab', 'experts'))
-Parts = tuple[tuple[int, tuple[str, ...]], ...]  # (dimension, mesh axes that split it)
+# Dimension, mesh axes that split it, and how many devices of them each step of a collective takes.
+Parts = tuple[tuple[int, tuple[str, ...], tuple[int, ...]], ...]
 
 
 def _is_names(leaf: Any) -> bool:
   return isinstance(leaf, tuple)
 
 
+def _groups(levels: tuple[int, ...]) -> list[list[list[int]] | None]:
+  """Returns the groups of devices of each level, outermost first; None are all in one.
+
+  Args:
+    levels: devices of a group of each; the last one's devices are neighbors.
+  """
+  if len(levels) == 1:
+    return [None]
+  places = np.arange(math.prod(levels)).reshape(levels)
+  return [np.moveaxis(places, i, -1).reshape(-1, n).tolist() for i, n in enumerate(levels)]
+
+
 def _all_gathered(x: jax.Array, parts: Parts) -> jax.Array:
   """Returns x with all parts of its dimensions."""
-  for dimension, axes in parts:
-    x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+  for dimension, axes, levels in parts:
+    for groups in reversed(_groups(levels)):
+      x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True, axis_index_groups=groups)
   return x
 
 
 def _scattered(x: jax.Array, parts: Parts) -> jax.Array:
   """Returns the device's part of the sum of x over the devices."""
   shape = x.shape
-  for dimension, axes in parts:
+  for dimension, axes, levels in parts:
     # Of more dimensions behind the scattered one the TPU compiler makes a sum of the whole.
     x = x.reshape(*shape[:dimension + 1], -1) if len(shape) > dimension + 2 else x
-    x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    for groups in _groups(levels):
+      x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True,
+                               axis_index_groups=groups)
     shape = *shape[:dimension], x.shape[dimension], *shape[dimension + 1:]
     x = x.reshape(shape)
   return x
@@ -88,11 +105,13 @@ class Storage:
     sizes: devices of each mesh axis.
     wire: dtype in which matrices are gathered.
     reduced_in: dtype in which gradients are summed over devices.
+    slice_levels: see `mesh.slice_levels`; what spans fewer or more devices goes in one step.
   """
 
   sizes: dict[str, int]
   wire: str = 'float32'
   reduced_in: str = 'float32'
+  slice_levels: tuple[int, ...] = ()
 
   def _present(self, axes: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of the axes that have several devices."""
@@ -102,7 +121,12 @@ class Storage:
     """Returns the dimensions that are gathered for use, and the axes that hold their parts."""
     parts = ((i, self._present(tuple(axis for axis in STORAGE[name] if axis not in without)))
              for i, name in enumerate(names) if name in GATHERED)
-    return tuple((i, axes) for i, axes in parts if axes)
+    return tuple((i, axes, self._levels(axes)) for i, axes in parts if axes)
+
+  def _levels(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Returns the steps in which a collective over some axes goes."""
+    n_devices = math.prod(self.sizes[axis] for axis in axes)
+    return self.slice_levels if n_devices == math.prod(self.slice_levels) else (n_devices,)
 
   def splits(self, names: Any) -> bool:
     """Returns whether any of the parameters has to be gathered for use."""
@@ -181,7 +205,7 @@ class Storage:
     """Returns parameters that any stage may use, whole with respect to the stages."""
     def gather(leaf_names, x):
       dimension = self._stage_dimension(leaf_names)
-      return x if dimension is None else _all_gathered(x, ((dimension, (STAGE,)),))
+      return x if dimension is None else _all_gathered(x, self._stage_parts(dimension))
     return self._over(gather, names, params)
 
   def from_ends(self, gradients: Any, names: Any) -> Any:
@@ -190,8 +214,12 @@ class Storage:
       dimension = self._stage_dimension(leaf_names)
       if dimension is None:
         return g
-      return _scattered(g.astype(self.reduced_in), ((dimension, (STAGE,)),)).astype(jnp.float32)
+      return _scattered(g.astype(self.reduced_in), self._stage_parts(dimension)).astype(jnp.float32)
     return self._over(scatter, names, gradients)
+
+  def _stage_parts(self, dimension: int) -> Parts:
+    """Returns the parts of a dimension that the stages split."""
+    return ((dimension, (STAGE,), self._levels((STAGE,))),)
 
   def _stage_dimension(self, names: Names) -> int | None:
     """Returns which dimension the stages split, if one."""

@@ -41,6 +41,7 @@ from models.stack import run_layers, scans_layers
 from parallelism import context, experts, sharding
 from parallelism.attention import decode_over_mesh, over_mesh, with_own_slopes
 from parallelism.compiler_options import compiler_options
+from parallelism.mesh import slice_levels
 from parallelism.spread import OverTensor
 from parallelism.storage import STAGE, Storage, over_devices, specs
 from parallelism.zigzag import zigzag_order
@@ -250,7 +251,8 @@ def state_facts(model: ModelConfig, optimizer: OptimizerConfig
 
 
 def _storage(config: ExperimentConfig, mesh: Mesh) -> Storage:
-  return Storage(dict(mesh.shape), config.model.compute_dtype, config.compute.reduce_dtype)
+  return Storage(dict(mesh.shape), config.model.compute_dtype, config.compute.reduce_dtype,
+                 slice_levels(mesh))
 
 
 def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:

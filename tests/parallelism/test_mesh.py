@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from parallelism.mesh import AXES, MeshConfig, axis_sizes, make_mesh
+from parallelism.mesh import AXES, MeshConfig, axis_sizes, make_mesh, slice_levels
 from parallelism.topologies import compile_only_mesh
 
 SLOW = ('data', 'stage')  # the axes that may lie between slices
@@ -162,3 +162,21 @@ def test_chips_that_are_no_cuboid_keep_their_order():
 def test_processors_keep_their_order_and_data_is_what_crosses_hosts():
   mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
   assert list(mesh.devices.flat) == jax.devices()
+
+
+@pytest.mark.parametrize('topology, n_slices, axes, levels', [
+    ('v5e:4x4', 1, {'fsdp': 16}, 4), ('v5e:16x16', 1, {'fsdp': 256}, 16),
+    ('v5p:4x4x4', 1, {'fsdp': 64}, 4), ('v5p:4x4x4', 2, {'data': 2, 'fsdp': 64}, 4)])
+def test_levels_of_a_slice_are_a_line_and_what_lies_across_it(topology, n_slices, axes, levels):
+  """Devices of the inner level share the coordinate that those of the outer one differ in."""
+  pytest.importorskip('libtpu')
+  mesh = compile_only_mesh(topology, MeshConfig(**{'data': 1, **axes}), n_slices)
+  outer, inner = slice_levels(mesh)
+  places = coordinates(list(mesh.devices.flat))[:outer * inner].reshape(outer, inner, -1)
+  shared = [i for i in range(places.shape[-1]) if (places[:, :, i] == places[:, :1, i]).all()
+            and len(set(places[:, 0, i])) == outer]
+  assert outer == levels and len(shared) == 1
+
+
+def test_devices_without_a_torus_have_one_level():
+  assert slice_levels(make_mesh(MeshConfig(data=1, fsdp=8))) == (8,)

@@ -1,7 +1,7 @@
 """Bytes that the TPU compiler's program of a step sends, against the least by arithmetic.
 
-Shards have 128 lanes or more, so that padding of tiles is none. The TPUs are v5e:2x4: on slices
-whose sides are equal the compiler has no scatter over all devices and sums the whole instead.
+Shards have 128 lanes or more, so that padding of tiles is none. The TPUs are v5e:2x4, and where
+all of a larger slice gathers and scatters together v5e:4x4 and v5p:4x4x4.
 """
 
 import dataclasses
@@ -87,6 +87,16 @@ def test_no_more_is_sent_than_has_to_be(name):
   found = preflight(CASES[name], TOPOLOGY)
   assert found.fits and found.host_transfers == 0
   assert not excess(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology, fsdp', [('v5e:4x4', 16), ('v5p:4x4x4', 64)])
+def test_no_more_is_sent_over_the_whole_of_a_torus(topology, fsdp):
+  """There one collective over all would be an all-reduce, which sends twice as much."""
+  wide = dataclasses.replace(MODEL, d_model=128 * fsdp, n_layers=2)
+  config = config_of(fsdp=fsdp, model=wide)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=fsdp))
+  assert not excess(preflight(config, topology))
 
 
 def redundant_step(config: ExperimentConfig, topology: str, n_slices: int):
