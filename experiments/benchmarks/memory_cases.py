@@ -115,6 +115,32 @@ def later() -> list[Case]:
   ]
 
 
+def unseen() -> list[Case]:
+  """Returns cases that were compiled after the last term had been committed."""
+  v5p, v5e, v6e = 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4'
+  return [
+      case('8b', 'v6e:16x16', rows=512, length=8192, fsdp=256),
+      case('8b', 'v5p:4x4x4', rows=512, length=8192, data=4, fsdp=16),
+      case('70b', 'v5p:8x8x8', rows=1024, length=8192, fsdp=512),
+      case('70b', 'v5p:8x8x8', rows=512, length=8192, fsdp=128, tensor=4),
+      case('moe30b', 'v5p:4x4x4', rows=512, length=8192, fsdp=64),
+      case('8b', 'v5p:4x4x4', rows=32, length=32_768, fsdp=16, context=4),
+      case('8b', 'v5e:16x16', rows=256, length=8192, remat='dots', fsdp=256),
+      case('olmo7b', 'v6e:4x4', rows=16, layers=16, fsdp=16),
+      case('8b', 'v5e:4x4', rows=16, layers=8, remat='dots', fsdp=16),
+      case('8b', 'v5p:2x2x4', rows=64, layers=16, stage=4, fsdp=4),
+      case('moe30b', 'v6e:4x4', rows=32, layers=8, fsdp=2, expert=8),
+      case('olmo7b', v5p, rows=16, layers=8, remat='dots', data=2, tensor=4),
+      case('small', 'v5e:4x4', rows=64, remat='none', data=4, fsdp=4),
+      case('small', v6e, rows=32, compute={'pipeline': 'interleaved', 'pipeline_chunks': 2},
+           stage=2, fsdp=4),
+      case('tied', v5e, rows=32, compute={'reduce_dtype': 'bfloat16'}, fsdp=8),
+      case('small', v5e, rows=16, length=8192, context=8),
+      case('8b', v6e, rows=32, layers=8, fsdp=8),
+      case('8b', v6e, rows=8, layers=12, remat='dots', fsdp=8),
+  ]
+
+
 def compiled_bytes(case: Case) -> dict[str, Any]:
   """Returns what the compiler says: bytes of arguments and of all, and whether it refuses them."""
   compiled = compile_apart(lowered_step, case.config, case.topology)

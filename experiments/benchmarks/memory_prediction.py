@@ -7,8 +7,8 @@ No TPU is needed, but libtpu is (pip install -e '.[tpu]'): each step is compiled
 assignment, which takes 10 to 100 seconds on two cores. The formulas of
 `research.training.memory` were fitted to the cases 'calibration' and committed (809a0c6) before
 those of 'judging' were compiled. Afterwards norms after branches (`saved_bytes`) and the tensor
-axis (`_work_bytes`) got a term each, judged by the cases 'later'. What the JSON file holds already
-is not compiled again.
+axis (`_work_bytes`) got a term each, and whole weights kept with remat 'none' lost theirs, judged
+by the cases 'later' and 'unseen'. What the JSON file holds already is not compiled again.
 """
 
 import json
@@ -26,10 +26,11 @@ from experiments.benchmarks.memory_cases import (
     judging,
     later,
     predicted,
+    unseen,
 )
 from research.run_dir import write_whole
 
-GROUPS = {'calibration': calibration, 'judging': judging, 'later': later}
+GROUPS = {'calibration': calibration, 'judging': judging, 'later': later, 'unseen': unseen}
 CASES = flags.DEFINE_list('cases', list(GROUPS), f'of {", ".join(GROUPS)}')
 JSON = flags.DEFINE_string('json', 'memory_prediction.json', 'where the figures go and come from')
 MIB = 2**20
