@@ -124,7 +124,7 @@ def unseen() -> list[Case]:
       case('70b', 'v5p:8x8x8', rows=1024, length=8192, fsdp=512),
       case('70b', 'v5p:8x8x8', rows=512, length=8192, fsdp=128, tensor=4),
       case('moe30b', 'v5p:4x4x4', rows=512, length=8192, fsdp=64),
-      case('8b', 'v5p:4x4x4', rows=32, length=32_768, fsdp=16, context=4),
+      case('8b', 'v5p:4x4x4', rows=32, length=8192, fsdp=16, context=4),
       case('8b', 'v5e:16x16', rows=256, length=8192, remat='dots', fsdp=256),
       case('olmo7b', 'v6e:4x4', rows=16, layers=16, fsdp=16),
       case('8b', 'v5e:4x4', rows=16, layers=8, remat='dots', fsdp=16),
