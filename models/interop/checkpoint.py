@@ -140,18 +140,22 @@ class HfCheckpoint:
     """
     row = self.rows[leaf]
     box = tuple((0, size) for size in self.shapes[leaf]) if box is None else box
-    out = np.empty([stop - start for start, stop in box], self.dtype(leaf))
+    shape = [stop - start for start, stop in box]
     letters = 'N' * row.stacked + row.axes
     ranges = dict(zip(letters, box, strict=True))
     inner = tuple(ranges[letter] for letter in row.own_axes)
     index, finish = source(row, self._sizes, inner)
     outer = [letter for letter in letters if letter == 'N' or (letter == 'X' and row.per_expert)]
-    for position in itertools.product(*(range(*ranges[letter]) for letter in outer)):
+    positions = list(itertools.product(*(range(*ranges[letter]) for letter in outer)))
+    out = np.empty(shape, self.dtype(leaf)) if len(positions) != 1 else None
+    for position in positions:
       at = dict(zip(outer, position))
-      name = row.tensor.format(layer=at.get('N'), expert=at.get('X'))
+      values = finish(self.files.read(row.tensor.format(layer=at.get('N'), expert=at.get('X')), index))
+      if out is None:  # one tensor holds it all, nothing is put together
+        return values.reshape(shape).astype(self.dtype(leaf), copy=False)
       target = tuple(at[letter] - ranges[letter][0] if letter in outer else slice(None)
                      for letter in letters)
-      out[target] = finish(self.files.read(name, index))
+      out[target] = values
     return out
 
 
