@@ -1,0 +1,141 @@
+"""Rotary embeddings as config.json states them, today's way and the older ones, both ways.
+
+Today: `rope_parameters`, flat or one per kind of attention, with theta in it. Older:
+`rope_theta`, `rope_scaling` and a share of the head beside each other.
+"""
+
+import math
+from typing import Any, Mapping, Optional
+
+from models.config import ModelConfig, RopeConfig
+
+SCALINGS = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3', 'yarn': 'yarn'}
+KINDS = {'full_attention': 'full', 'sliding_attention': 'sliding'}
+# config.json -> our field, by our scaling; those without a value here have to be given.
+FIELDS: dict[str, dict[str, tuple[str, Optional[float]]]] = {
+  'none': {},
+  'linear': {'factor': ('factor', None)},
+  'llama3': {
+    'factor': ('factor', None), 'low_freq_factor': ('low_freq_factor', None),
+    'high_freq_factor': ('high_freq_factor', None),
+  },
+  'yarn': {
+    'factor': ('factor', None), 'beta_fast': ('beta_fast', 32.0), 'beta_slow': ('beta_slow', 1.0),
+  },
+}
+STRETCHED = ('llama3', 'yarn')  # those that know the context before stretching
+COMPUTED = {'truncate': (None, True), 'mrope_section': (None,)}  # the values that we compute
+
+
+def _attention_factor(given: Mapping[str, Any], factor: float) -> Optional[float]:
+  """Returns yarn's factor on cos and sin where it is not the usual one, else None."""
+  if given.get('attention_factor') is not None:
+    return float(given['attention_factor'])
+  scales = given.get('mscale'), given.get('mscale_all_dim')
+  if not all(scales) or factor <= 1:
+    return None
+  over, under = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
+  return over / under
+
+
+def _scaled(
+  given: Mapping[str, Any], where: str, theta: float, fraction: float, context: int
+) -> RopeConfig:
+  """Returns the rotary embedding of one dict; raises ValueError for what we do not compute."""
+  kind = given.get('rope_type') or given.get('type') or 'default'
+  if kind not in SCALINGS:
+    raise ValueError(
+      f'{where}.rope_type={kind!r} is not supported; {", ".join(SCALINGS)} are'
+    )
+  for key, values in COMPUTED.items():
+    if given.get(key) not in values:
+      raise ValueError(f'{where}.{key}={given[key]!r} is not supported')
+  scaling, fields = SCALINGS[kind], {}
+  original = given.get('original_max_position_embeddings') or context
+  if kind == 'yarn' and given.get('factor') is None:
+    given = {**given, 'factor': context / original}
+  for key, (field, otherwise) in FIELDS[scaling].items():
+    value = given.get(key) if given.get(key) is not None else otherwise
+    if value is None:
+      raise ValueError(f'{where} has no {key}, which rope_type={kind!r} needs')
+    fields[field] = float(value)
+  if scaling in STRETCHED:
+    fields['original_context'] = int(original)
+  if scaling == 'yarn':
+    fields['attention_factor'] = _attention_factor(given, fields['factor'])
+  theta = given.get('rope_theta') or theta
+  return RopeConfig(theta=float(theta), fraction=fraction, scaling=scaling, **fields)
+
+
+def _fraction(hf: Mapping[str, Any], given: Mapping[str, Any], where: str, partial: float) -> float:
+  """Returns the rotated share of a head; `partial` is the family's own, 1 when it has none."""
+  keys = (given.get('partial_rotary_factor'), hf.get('partial_rotary_factor'), hf.get('rotary_pct'))
+  value = next((float(v) for v in keys if v is not None), partial)
+  if partial == 1 and value != 1:
+    raise ValueError(f'{where}: partial_rotary_factor={value} is not supported in this family')
+  return value
+
+
+def rope_of(
+  hf: Mapping[str, Any], *, theta: float, partial: float = 1.0, per_kind: bool = False,
+  required: bool = False,
+) -> dict[str, Optional[RopeConfig]]:
+  """Returns the fields `rope` and `sliding_rope` of a ModelConfig.
+
+  Args:
+    hf: config.json.
+    theta: base of the wavelengths where the file has none.
+    partial: rotated share of a head where the file has none; 1 for families that rotate all.
+    per_kind: whether sliding layers have their own; a `rope_scaling` is then of full ones only.
+    required: whether a file that says nothing of scaling is refused.
+
+  Raises:
+    ValueError: a setting is missing or not supported; names it.
+  """
+  where = 'rope_scaling' if hf.get('rope_scaling') else 'rope_parameters'
+  given = hf.get(where) or {}
+  if required and not given:
+    raise ValueError('config.json has neither rope_parameters nor rope_scaling')
+  theta = hf.get('rope_theta') or hf.get('rotary_emb_base') or theta
+  nested, context = [kind for kind in KINDS if kind in given], hf['max_position_embeddings']
+  if bool(nested) != (per_kind and where == 'rope_parameters' and bool(given)):
+    raise ValueError(
+      f'{where} is {"" if nested else "not "}given per kind of attention '
+      f'({", ".join(KINDS)}), which this family {"does not know" if nested else "needs"}'
+    )
+  if nested:
+    dicts = {KINDS[kind]: (given.get(kind), f'{where}.{kind}') for kind in KINDS}
+  else:
+    dicts = {'full': (given, where), 'sliding': ({} if per_kind else given, where)}
+  ropes = {}
+  for kind, (values, path) in dicts.items():
+    if values is None and nested and kind in {KINDS[name] for name in nested}:
+      raise ValueError(f'{path}=None: layers without positions are not supported')
+    values = values or {}
+    fraction = _fraction(hf, values, path, partial)
+    ropes[kind] = _scaled(values, path, theta, fraction, context)
+  sliding = None if ropes['sliding'] == ropes['full'] else ropes['sliding']
+  return {'rope': ropes['full'], 'sliding_rope': sliding}
+
+
+def _as_parameters(rope: RopeConfig, partial: bool) -> dict[str, Any]:
+  """Returns one dict of today's `rope_parameters`."""
+  names = {ours: theirs for theirs, ours in SCALINGS.items()}
+  given: dict[str, Any] = {'rope_type': names[rope.scaling], 'rope_theta': rope.theta}
+  given |= {key: getattr(rope, field) for key, (field, _) in FIELDS[rope.scaling].items()}
+  if rope.scaling in STRETCHED:
+    given['original_max_position_embeddings'] = rope.original_context
+  if rope.scaling == 'yarn' and rope.attention_factor is not None:
+    given['attention_factor'] = rope.attention_factor
+  if partial:
+    given['partial_rotary_factor'] = rope.fraction
+  return given
+
+
+def rope_parameters(
+  config: ModelConfig, *, partial: float = 1.0, per_kind: bool = False
+) -> dict[str, Any]:
+  """Returns today's `rope_parameters` of a model."""
+  if not per_kind:
+    return _as_parameters(config.rope, partial != 1)
+  return {theirs: _as_parameters(config.kind_rope(ours), False) for theirs, ours in KINDS.items()}
