@@ -193,6 +193,16 @@ class Build:
         (n_rows, self.config.data.sequence_length))
     return sorted({row for index in indices.values() for row in range(n_rows)[index[0]]})
 
+  def owned_rows(self) -> list[int]:
+    """Returns the rows of a batch that this process feeds and no process before it, ascending."""
+    n_rows = self.config.data.batch_size
+    indices = self.batch_sharding.devices_indices_map((n_rows, self.config.data.sequence_length))
+    owners: dict[int, int] = {}
+    for device, index in indices.items():
+      for row in range(n_rows)[index[0]]:
+        owners[row] = min(owners.get(row, device.process_index), device.process_index)
+    return sorted(row for row, owner in owners.items() if owner == jax.process_index())
+
   def place_batch(self, local: dict[str, np.ndarray]) -> step_lib.Batch:
     """Returns the global batch from the rows of `local_rows()`, laid out over the mesh.
 

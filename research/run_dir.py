@@ -32,6 +32,7 @@ class RunDir:
     self.tensorboard = self.path / 'tensorboard'
     self.heldout_text_json = self.path / 'heldout_text.json'
     self.checkpoints = self.whole / 'checkpoints'
+    self.set_aside = self.whole / 'set_aside'
     self.snapshots = self.whole / 'snapshots'
     self.monitors = self.path / 'monitors'
     self.monitor_items = self.monitors / 'items.parquet'

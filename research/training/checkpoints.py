@@ -1,11 +1,17 @@
-"""Full checkpoints through Orbax: parameters, optimizer, average, data position and RNG."""
+"""Full checkpoints through Orbax: parameters, optimizer, average, data position and RNG.
+
+Each carries the hashes of its tensors (`research.training.provenance`), checked when it is read.
+"""
 
 import pathlib
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from research.errors import UserError
+from research.training import hashes, stored
 from research.training.config import CheckpointConfig
 from research.training.step import State
 
@@ -16,8 +22,9 @@ class Checkpoints:
   def __init__(self, path: pathlib.Path, config: CheckpointConfig | None = None):
     policies = ocp.training.preservation_policies
     keep = policies.LatestN(config.keep) if config and config.keep else policies.PreserveAll()
+    self._path = path.absolute()
     self._checkpointer = ocp.training.Checkpointer(
-        path.absolute(), preservation_policy=keep,
+        self._path, preservation_policy=keep,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         cleanup_tmp_directories=config is not None)
     self._saving = None
@@ -27,40 +34,111 @@ class Checkpoints:
     """Steps with a whole checkpoint, ascending."""
     return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-  def save(self, step: int, state: State, position: dict[str, int], facts: dict[str, str]) -> None:
+  def path(self, step: int) -> pathlib.Path:
+    """Returns the directory of a step's checkpoint."""
+    return self._path / str(step)
+
+  def record(self, step: int) -> dict[str, Any]:
+    """Returns what the checkpoint of a step says about itself, {} for one without hashes."""
+    return stored.read_record(self.path(step))
+
+  def save(self, step: int, state: State, position: dict[str, int], record: dict[str, Any]) -> None:
     """Starts saving; waits first for the save before it and raises what that one raised.
 
     Args:
       step: optimizer steps done.
       state: the training state.
       position: where the data stream stands: `step` and `tokens` consumed so far.
-      facts: hashes that the checkpoint carries as metadata.
+      record: what the checkpoint says about itself, {} for nothing.
     """
     self.wait()
-    self._saving = self._checkpointer.save_checkpointables_async(
-        step, {**_items(state), 'data': position}, custom_metadata=facts)
+    self._saving = step, self._checkpointer.save_checkpointables_async(
+        step, {**items(state), 'data': position}, custom_metadata=record)
 
   def wait(self) -> None:
-    """Waits for the save under way; raises what it raised."""
+    """Waits for the save under way and lists its files; raises what it raised."""
     saving, self._saving = self._saving, None
-    if saving is not None:
-      saving.result()
+    if saving is None:
+      return
+    step, saved = saving
+    saved.result()
+    self.take_inventory(step)
+
+  def take_inventory(self, step: int) -> None:
+    """Lists the files of a whole checkpoint, unless a process that was killed did so already."""
+    path = self.path(step)
+    if jax.process_index() == 0 and not (path / stored.INVENTORY).exists():
+      stored.write_inventory(path)
 
   def restore(self, step: int, abstract: State) -> tuple[State, dict[str, int]]:
-    """Returns the state of `step`, laid out like `abstract`, and the data position."""
-    loaded = self._checkpointer.load_checkpointables(step, {**_items(abstract), 'data': None})
+    """Returns the state of `step`, laid out like `abstract`, and the data position.
+
+    Raises:
+      DamagedError: a tensor does not have the hash that the checkpoint gives for it.
+    """
+    loaded = self._load(step, {**items(abstract), 'data': None})
     state = State(step=loaded['position']['step'], params=loaded['params'],
                   optimizer=loaded['optimizer'], ema=loaded.get('ema', {}),
                   rng=loaded['position']['rng'])
     return state, loaded['data']
 
   def restore_params(self, step: int, abstract: Any) -> Any:
-    """Returns only the parameters of `step`, laid out like `abstract`."""
-    return self._checkpointer.load_checkpointables(step, {'params': abstract})['params']
+    """Returns only the parameters of `step`, laid out like `abstract`; checked like `restore`."""
+    return self._load(step, {'params': abstract})['params']
 
   def restore_optimizer(self, step: int, abstract: Any) -> Any:
-    """Returns only the optimizer state of `step`, laid out like `abstract`."""
-    return self._checkpointer.load_checkpointables(step, {'optimizer': abstract})['optimizer']
+    """Returns only the optimizer state of `step`, laid out like `abstract`; checked likewise."""
+    return self._load(step, {'optimizer': abstract})['optimizer']
+
+  def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Returns the items wanted, every tensor of them compared with its hash."""
+    record = self.record(step)
+    if record and record['step'] != step:
+      raise stored.DamagedError(f'{self.path(step)}: says that it is of step {record["step"]}')
+    loaded = self._checkpointer.load_checkpointables(step, wanted)
+    found = hashes.digests({name: tree for name, tree in loaded.items() if name != 'data'})
+    said = record.get('tensors', found)
+    wrong = [name for name, digest in found.items() if said.get(name) != digest]
+    if wrong:
+      raise stored.DamagedError(f'{self.path(step) / wrong[0].partition(".")[0]}: {wrong[0]} does not '
+                                'have the content that was saved')
+    if record and 'data' in loaded and loaded['data'] != record['position']:
+      raise stored.DamagedError(f'{self.path(step)}/data: the position {loaded["data"]} is not '
+                                f'{record["position"]}, which was saved')
+    return loaded
+
+  def restore_newest(self, abstract: State, aside: pathlib.Path) -> tuple[int, State, dict[str, int]]:
+    """Returns (step, state, data position) of the newest checkpoint that is sound.
+
+    Damaged ones that are newer are moved into `aside` and named; nothing is deleted.
+
+    Raises:
+      UserError: none is sound.
+    """
+    for step in reversed(self.steps):
+      try:
+        return step, *self.restore(step, abstract)
+      except Exception as error:  # What Orbax and TensorStore raise for broken files is no one type.
+        found = _damage(self.path(step), step, error)
+        if found is None:
+          raise
+        print(f'{found}; checkpoint {step} is set aside in {self._set_aside(step, aside)}',
+              flush=True)
+    raise UserError(f'no checkpoint of {self._path} is sound; all are in {aside}, and the same '
+                    'command begins the run anew')
+
+  def _set_aside(self, step: int, aside: pathlib.Path) -> pathlib.Path:
+    taken = len(list(aside.glob(f'{step}-*')))
+    target = aside / f'{step}-{taken}'
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'checkpoint {step} is damaged')
+    if jax.process_index() == 0:
+      aside.mkdir(exist_ok=True)
+      self.path(step).rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'checkpoint {step} is set aside')
+    self._checkpointer.reload()
+    return target
 
   def close(self) -> None:
     """Waits and releases Orbax's threads."""
@@ -68,7 +146,18 @@ class Checkpoints:
     self._checkpointer.close()
 
 
-def _items(state: State) -> dict[str, Any]:
-  items = {'params': state.params, 'optimizer': state.optimizer,
+def _damage(path: pathlib.Path, step: int, error: Exception) -> str | None:
+  """Returns what is wrong with a checkpoint that could not be restored, None if it is not at fault.
+
+  Of several processes only what all of them see alike counts: a hash, not a failed read.
+  """
+  if isinstance(error, stored.DamagedError) or jax.process_count() > 1:
+    return str(error) if isinstance(error, stored.DamagedError) else None
+  return next((str(damage) for damage in stored.damage(path, step)), None)
+
+
+def items(state: State) -> dict[str, Any]:
+  """Returns the trees of arrays that a checkpoint stores, by item."""
+  trees = {'params': state.params, 'optimizer': state.optimizer,
            'position': {'step': state.step, 'rng': state.rng}}
-  return {**items, 'ema': state.ema} if jax.tree.leaves(state.ema) else items
+  return {**trees, 'ema': state.ema} if jax.tree.leaves(state.ema) else trees

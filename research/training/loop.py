@@ -26,14 +26,16 @@ from research.monitors.items import MonitorItem
 from research.monitors.watch import Watch, suite_items
 from research.reports.report import build_report
 from research.run_dir import CACHE, RunDir, write_whole
+from research.training import hashes
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
-from research.training.checkpoints import Checkpoints
+from research.training.checkpoints import Checkpoints, items
 from research.training.join import join
 from research.training.logs import duration
+from research.training.provenance import Chain, Window
 from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotWriter
-from research.training.start import find_parent, first_state
+from research.training.start import find_parent, first_state, parent_facts
 
 
 class _Inputs(NamedTuple):
@@ -107,7 +109,9 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   if restored is None:
     state, position = first_state(built, config, manifest['parent']), {'step': 0, 'tokens': 0}
   else:
-    state, position = checkpoints.restore(restored, built.abstract_state)
+    restored, state, position = checkpoints.restore_newest(built.abstract_state, run_dir.set_aside)
+    checkpoints.take_inventory(restored)
+    manifest['starts'][-1]['from_step'] = restored
     print(f'resuming {run_dir.path} at step {restored} of {config.n_steps}', flush=True)
   first = position['step']
   kept = -1 if restored is None else first  # What was written after this step is written again.
@@ -118,6 +122,8 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   manifest['peak'] = recorder.peak
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
+  chain = Chain(config, manifest['hashes'], parent_facts(checkpoints, restored, manifest['parent']),
+                Window(first, built.local_rows(), built.owned_rows()))
   watch = Watch(config, inputs.items, source.tokenizer, source.start_id, built, run_dir, kept)
   heldout = [built.place_batch(batch) for batch in heldout_batches(
       source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
@@ -126,20 +132,24 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   def observe(step: int, state) -> None:
     """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint."""
     if _due(step, config.checkpoints.snapshot_every, config):
+      stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
+      with recorder.phase('hash'):
+        tensors = hashes.digests(stored)
       with recorder.phase('save'):
-        stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
-        snapshots.write(step, stored)
+        snapshots.write(step, stored, tensors)
       with recorder.phase('monitor'):
         recorder.monitors(step, watch.score(step, stored))
     if heldout and _due(step, config.evals.every, config):
       with recorder.phase('eval'):
         recorder.heldout({'step': step, **_heldout_loss(eval_step, state.params, heldout)})
     if step and _due(step, config.checkpoints.every, config):
+      reached = {'step': step, 'tokens': recorder.tokens}
+      with recorder.phase('hash'):
+        record = chain.record(step, hashes.digests(items(state)), reached)
       with recorder.phase('save'):
         snapshots.wait()
         recorder.sync()
-        checkpoints.save(step, state, {'step': step, 'tokens': recorder.tokens},
-                         manifest['hashes'])
+        checkpoints.save(step, state, reached, record)
 
   if restored is None:
     observe(0, state)
@@ -147,7 +157,10 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   dispatched = None
   for step in range(first + 1, config.n_steps + 1):
     with recorder.phase('data'):
-      batch = built.place_batch(next(stream))
+      local = next(stream)
+      batch = built.place_batch(local)
+    with recorder.phase('hash'):
+      chain.window.add(step, local)
     state, metrics = train_step(state, batch)
     if dispatched:  # The row of a step is written while the next one is computed.
       recorder.step(*dispatched, watch.n_swings)

@@ -1,9 +1,11 @@
 """Dense parameter snapshots: one TensorStore array per leaf with a leading row axis.
 
-A snapshot is there once its line stands in `commits.jsonl`, which is written after all arrays.
-Rows are reused when a resumed run passes the same steps again.
+A snapshot is there once its line stands in `commits.jsonl`, which is written after all arrays. The
+line carries the hash of every leaf and of the line before. Rows are reused when a resumed run passes
+the same steps again.
 """
 
+from collections.abc import Sequence
 import pathlib
 from typing import Any
 
@@ -14,7 +16,9 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from parallelism.sharding import path_name
+from research.training import hashes
 from research.training.logs import JsonLines, read_rows
+from research.training.stored import DamagedError, first_line
 
 _FIRST_ROWS = 8  # Arrays grow by doubling.
 
@@ -30,34 +34,93 @@ def cast(params: Any, dtype: str) -> Any:
 
 
 class SnapshotReader:
-  """Read access to the committed snapshots of one run, leaf by leaf, lazily."""
+  """Read access to the committed snapshots of one run, leaf by leaf, lazily.
+
+  Attributes:
+    path: directory of the snapshots.
+    commits: line of commits.jsonl of each step; `tensors` has hashes by leaf, where it is there.
+  """
 
   def __init__(self, path: pathlib.Path):
-    self._path = path
-    self._rows = {row['step']: row for row in read_rows(path / 'commits.jsonl')}
+    self.path = path
+    self.commits = {row['step']: row for row in read_rows(path / 'commits.jsonl')}
+    # Arrays written before there were hashes leave out what is all zero.
+    self._complete = all('tensors' in row for row in self.commits.values())
     self._arrays: dict[str, ts.TensorStore] = {}
 
   @property
   def steps(self) -> list[int]:
     """Steps with a committed snapshot, ascending."""
-    return sorted(self._rows)
+    return sorted(self.commits)
+
+  def names(self) -> list[str]:
+    """Returns the names of the leaves that lie in the directory, sorted."""
+    return sorted(path.parent.name for path in self.path.glob('*/zarr.json'))
+
+  def array(self, name: str) -> ts.TensorStore:
+    """Returns all rows of one leaf as a lazy TensorStore.
+
+    Raises:
+      DamagedError: it cannot be opened.
+    """
+    if name not in self._arrays:
+      more = {'fill_missing_data_reads': False} if self._complete else {}
+      try:
+        self._arrays[name] = ts.open({**_spec(self.path, name), **more}).result()
+      except ValueError as error:
+        raise DamagedError(f'{self.path / name / "zarr.json"}: cannot be read '
+                           f'({first_line(error)})') from error
+    return self._arrays[name]
 
   def leaf(self, step: int, name: str) -> ts.TensorStore:
-    """Returns one leaf of one snapshot as a lazy TensorStore view."""
-    if step not in self._rows:
-      raise KeyError(f'{self._path} has no snapshot of step {step}; it has {self.steps}')
-    if name not in self._arrays:
-      self._arrays[name] = ts.open(_spec(self._path, name)).result()
-    return self._arrays[name][self._rows[step]['row']]
+    """Returns one leaf of one snapshot as a lazy TensorStore view, which nothing checks."""
+    return self.array(name)[self._row(step)]
+
+  def file_of(self, step: int, name: str) -> pathlib.Path:
+    """Returns the file that holds a leaf of a snapshot."""
+    key = self.array(name).spec().to_json()['metadata']['chunk_key_encoding']
+    separator = key.get('configuration', {}).get('separator', '/')
+    place = ['c', str(self._row(step)), *['0'] * (self.array(name).ndim - 1)]
+    return self.path / name / separator.join(place)
+
+  def read(self, steps: Sequence[int], name: str) -> np.ndarray:
+    """Returns one leaf of several snapshots, [steps, ...], in one call, compared with its hashes.
+
+    Raises:
+      DamagedError: it cannot be read or has another hash; the file is named.
+    """
+    rows = [self._row(step) for step in steps]
+    try:
+      x = self.array(name)[rows].read().result()
+    except ValueError as error:
+      raise DamagedError(f'{self.path / name}: cannot be read ({first_line(error)})') from error
+    for step, found in zip(steps, hashes.row_digests(x), strict=True):
+      said = self.commits[step].get('tensors', {name: found}).get(name)
+      if said != found:
+        raise DamagedError(f'{self.file_of(step, name)}: {name} of step {step} does not have the '
+                           'content that was saved')
+    return x
 
   def params(self, step: int, abstract: Any) -> Any:
-    """Returns the snapshot as a tree of NumPy arrays shaped like `abstract`."""
-    reads = [self.leaf(step, name).read() for name in leaf_names(abstract)]
-    return jax.tree.unflatten(jax.tree.structure(abstract), [read.result() for read in reads])
+    """Returns the snapshot as a tree of NumPy arrays shaped like `abstract`, hashes compared."""
+    leaves = [self.read([step], name)[0] for name in leaf_names(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+  def _row(self, step: int) -> int:
+    if step not in self.commits:
+      raise KeyError(f'{self.path} has no snapshot of step {step}; it has {self.steps}')
+    return self.commits[step]['row']
 
 
 def _spec(path: pathlib.Path, name: str) -> dict[str, Any]:
   return {'driver': 'zarr3', 'kvstore': {'driver': 'file', 'path': f'{path / name}/'}}
+
+
+def commit_line(step: int, row: int, dtype: str, tensors: dict[str, str], parent: str
+                ) -> dict[str, Any]:
+  """Returns the line that commits a snapshot; `parent` is the hash of the line before, '' first."""
+  line = {'step': step, 'row': row, 'dtype': dtype, 'tensors': tensors, 'parent': parent}
+  return {**line, 'hash': hashes.record_hash(line)}
 
 
 class SnapshotWriter:
@@ -80,15 +143,20 @@ class SnapshotWriter:
       self._commits = JsonLines(path / 'commits.jsonl', last_step)
       self._create_missing(path, [leaf.shape for leaf in jax.tree.leaves(abstract)])
     self._barrier('created')
-    self._next_row = len(read_rows(path / 'commits.jsonl'))
-    opening = [ts.open(_spec(path, name), open=True) for name in self._names]
+    committed = read_rows(path / 'commits.jsonl')
+    self._next_row = len(committed)
+    self._parent = committed[-1].get('hash', '') if committed else ''
+    opening = [ts.open({**_spec(path, name), 'store_data_equal_to_fill_value': True}, open=True)
+               for name in self._names]
     self._arrays = [future.result() for future in opening]
-    self._pending: tuple[int, list] | None = None
+    self._pending: tuple[int, dict[str, str], list] | None = None
 
   def _create_missing(self, path: pathlib.Path, shapes: list[tuple[int, ...]]) -> None:
     for name, shape in zip(self._names, shapes, strict=True):
       if not (path / name / 'zarr.json').exists():
-        ts.open(_spec(path, name), create=True, dtype=jnp.dtype(self._dtype).name,
+        # Names without folders: a folder per row and axis would be three times as many files.
+        flat = {'chunk_key_encoding': {'name': 'default', 'configuration': {'separator': '.'}}}
+        ts.open({**_spec(path, name), 'metadata': flat}, create=True, dtype=jnp.dtype(self._dtype).name,
                 shape=(_FIRST_ROWS, *shape), chunk_layout=ts.ChunkLayout(
                     chunk_shape=(1, *(max(1, size) for size in shape)))).result()
 
@@ -96,8 +164,14 @@ class SnapshotWriter:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'snapshot {what}')
 
-  def write(self, step: int, stored: Any) -> None:
-    """Starts writing the tree of arrays `stored` (already cast) as the snapshot of `step`."""
+  def write(self, step: int, stored: Any, tensors: dict[str, str]) -> None:
+    """Starts writing a snapshot.
+
+    Args:
+      step: steps done.
+      stored: the tree of arrays, already cast.
+      tensors: their hashes by leaf.
+    """
     self.wait()
     row = self._next_row
     self._arrays = [
@@ -109,19 +183,21 @@ class SnapshotWriter:
         if shard.replica_id == 0:
           target = array[row][shard.index] if shard.index else array[row]
           writes.append(target.write(np.array(shard.data)))
-    self._pending = (step, writes)
+    self._pending = (step, tensors, writes)
 
   def wait(self) -> None:
     """Waits for the snapshot under way and commits it; raises what writing raised."""
     if self._pending is None:
       return
-    step, writes = self._pending
+    step, tensors, writes = self._pending
     self._pending = None
     for write in writes:
       write.result()
     self._barrier('written')
     if self._commits:
-      self._commits.append({'step': step, 'row': self._next_row, 'dtype': self._dtype})
+      line = commit_line(step, self._next_row, self._dtype, tensors, self._parent)
+      self._commits.append(line)
+      self._parent = line['hash']
     self._next_row += 1
 
   def close(self) -> None:

@@ -65,6 +65,27 @@ def _check_shapes(config: ExperimentConfig, parent: ExperimentConfig) -> None:
                       'model')
 
 
+def parent_facts(checkpoints: Checkpoints, restored: int | None, parent: dict[str, Any] | None
+                 ) -> dict[str, Any] | None:
+  """Returns run directory ('': this run), step and hash of the checkpoint that a start goes on from.
+
+  The hash is '' for one that has none, the whole None for a run that initializes.
+
+  Args:
+    checkpoints: of the run itself.
+    restored: the step that it resumes from, or None.
+    parent: the run that its first start began from, or None.
+  """
+  if restored is not None:
+    return {'run_dir': '', 'step': restored, 'hash': checkpoints.record(restored).get('hash', '')}
+  if parent is None:
+    return None
+  theirs = Checkpoints(RunDir(parent['run_dir']).checkpoints)
+  hashed = theirs.record(parent['step']).get('hash', '')
+  theirs.close()
+  return {**parent, 'hash': hashed}
+
+
 def first_state(built: Build, config: ExperimentConfig, parent: dict[str, Any] | None) -> State:
   """Returns the state at step 0, with the parent's parameters where there is one.
 

@@ -1,0 +1,161 @@
+"""Which planted faults the audit of checkpoints catches, and what it cries wolf over.
+
+  python -m experiments.benchmarks.audit_faults --run_dir=runs/dense
+  python -m experiments.benchmarks.audit_faults --run_dir=runs/dense --trials=100 --seed=7
+
+Takes a finished run, best of 500 snapshots and with --config.checkpoints.keep=0, and audits:
+  - the run as it is, which must give no finding, with hashes and without;
+  - copies with one fault each in the files (truncated, flipped, swapped, duplicated, spliced, ...),
+    hashes as they were: the finding must name the file;
+  - the same with every hash, list and chain recomputed after the fault;
+  - stretches of its snapshots with one fault in the content of one checkpoint and no hashes at all,
+    as in public series: the rate of trials in which a finding names the step.
+"""
+
+import collections
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+import numpy as np
+
+from experiments.benchmarks import command_line, faults
+from experiments.benchmarks.estimates import machine, table
+from research.dynamics.audit import audit_series
+from research.dynamics.audit_content import Finding
+from research.dynamics.audit_run import audit_run
+from research.dynamics.series import SnapshotSeries
+from research.errors import UserError
+from research.run_dir import RunDir, write_whole
+from research.training import stored
+
+RUN_DIR = flags.DEFINE_string('run_dir', '', 'a finished run with snapshots and checkpoints')
+TRIALS = flags.DEFINE_integer('trials', 40, 'content faults of each kind', lower_bound=1)
+COPIES = flags.DEFINE_integer('copies', 2, 'damaged copies of the run of each kind', lower_bound=1)
+STRETCH = flags.DEFINE_integer('stretch', 24, 'checkpoints around a content fault', lower_bound=4)
+KEEP = flags.DEFINE_integer('keep', 24, 'snapshots of a damaged copy, from its start', lower_bound=6)
+SEED = flags.DEFINE_integer('seed', 0, 'of what is planted where')
+JSON = flags.DEFINE_string('json', '', 'also write everything measured to this file')
+
+
+class Unhashed(SnapshotSeries):
+  """Snapshots of which nothing is recorded."""
+
+  def recorded(self, step: int, name: str) -> str:
+    """Returns ''."""
+    return ''
+
+
+def named(found: list[Finding], planted: faults.Planted) -> bool:
+  """Returns whether a finding names the fault's step and its file, or the folder that it is in."""
+  return any(f.step == planted.step and (
+      pathlib.Path(f.file) == planted.file or planted.file in pathlib.Path(f.file).parents
+      or pathlib.Path(f.file) in planted.file.parents) for f in found)
+
+
+def copy_of(run_dir: RunDir, folder: pathlib.Path, n_snapshots: int) -> RunDir:
+  """Returns a copy of a run that has its first snapshots only, as one that is not done."""
+  copy = RunDir(folder / 'run')
+  shutil.copytree(run_dir.path, copy.path, ignore=shutil.ignore_patterns('monitors', 'figures'))
+  copy.done.unlink(missing_ok=True)
+  path = copy.snapshots / 'commits.jsonl'
+  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+  path.write_text(''.join(lines[:n_snapshots]), encoding='utf-8')
+  return copy
+
+
+def file_trial(run_dir: RunDir, name: str, seed: int, recomputed: bool) -> str:
+  """Returns 'named' if the audit names step and file of a fault, else 'missed'.
+
+  'refused': the hashes cannot be recomputed, for what is left cannot be read at all.
+  """
+  with tempfile.TemporaryDirectory(prefix='modehop-faults-') as folder:
+    copy = copy_of(run_dir, pathlib.Path(folder), KEEP.value)
+    planted = faults.FILE_FAULTS[name](copy, np.random.default_rng(seed))
+    if recomputed:
+      try:
+        faults.rehash(copy)
+      except (ValueError, OSError, KeyError):
+        return 'refused'
+    return 'named' if named(audit_run(copy)[0], planted) else 'missed'
+
+
+def content_trial(series: SnapshotSeries, name: str, seed: int, where: str) -> bool:
+  """Returns whether the audit of a stretch names the checkpoint with a fault in its content."""
+  rng = np.random.default_rng(seed)
+  first = int(rng.integers(len(series.steps) - STRETCH.value + 1))
+  steps = series.steps[first:first + STRETCH.value]
+  memory = faults.in_memory(series, steps)
+  i = {'inside': int(rng.integers(1, len(steps) - 1)), 'newest': len(steps) - 1}[where]
+  outside = [step for step in series.steps if step not in steps] or [steps[0]]
+  away = outside[int(rng.integers(len(outside)))]
+  donor = {tensor: series.leaf(away, tensor) for tensor in series.names}
+  faults.CONTENT_FAULTS[name](memory._rows, i, rng, donor)
+  found, _ = audit_series(memory)
+  return any(finding.step == steps[i] for finding in found)
+
+
+def false_alarms(run_dir: RunDir) -> dict[str, Any]:
+  """Returns findings and seconds of the audit of the run as it is, with hashes and without."""
+  began = time.perf_counter()
+  with_hashes, _ = audit_run(run_dir)
+  middle = time.perf_counter()
+  series = Unhashed(run_dir.snapshots)
+  without, _ = audit_series(series)
+  return {'snapshots': len(series.steps), 'with hashes': [str(f) for f in with_hashes],
+          'without hashes': [str(f) for f in without],
+          'seconds': [middle - began, time.perf_counter() - middle]}
+
+
+def main() -> None:
+  run_dir = RunDir(RUN_DIR.value)
+  if not RUN_DIR.value or not run_dir.done.exists():
+    raise UserError(f'--run_dir={RUN_DIR.value!r} is not the directory of a finished run')
+  series = Unhashed(run_dir.snapshots)
+  if len(series.steps) <= STRETCH.value:
+    raise UserError(f'--stretch={STRETCH.value} needs more than the {len(series.steps)} snapshots of '
+                    f'{run_dir.path}')
+  facts = machine()
+  print(facts, flush=True)
+  healthy = false_alarms(run_dir)
+  print(f'healthy: {healthy["snapshots"]} snapshots, findings {len(healthy["with hashes"])} with '
+        f'hashes in {healthy["seconds"][0]:.1f} s, {len(healthy["without hashes"])} without in '
+        f'{healthy["seconds"][1]:.1f} s', *healthy['with hashes'], *healthy['without hashes'],
+        sep='\n', flush=True)
+  results: dict[str, dict[str, Any]] = {'files': {}, 'content': {}}
+  for number, name in enumerate(faults.FILE_FAULTS):
+    counts = {kind: collections.Counter(
+        file_trial(run_dir, name, SEED.value + 1000 * number + i, kind == 'recomputed')
+        for i in range(COPIES.value)) for kind in ('kept', 'recomputed')}
+    results['files'][name] = counts
+    print(f'[{number + 1}/{len(faults.FILE_FAULTS)}] {name}: {counts}', file=sys.stderr, flush=True)
+  for number, name in enumerate(faults.CONTENT_FAULTS):
+    results['content'][name] = {where: np.mean([
+        content_trial(series, name, SEED.value + 1000 * number + i, where)
+        for i in range(TRIALS.value)]) for where in ('inside', 'newest')}
+    print(f'[{number + 1}/{len(faults.CONTENT_FAULTS)}] {name}', file=sys.stderr, flush=True)
+  print(f'\nFaults in files of a copy, {COPIES.value} of each: step and file named.\n')
+  print(table(['fault', 'hashes kept', 'hashes recomputed'], [
+      [name, *(f'{counts[kind]["named"]} of {COPIES.value - counts[kind]["refused"]}'
+               for kind in ('kept', 'recomputed'))] for name, counts in results['files'].items()]))
+  print(f'\nFaults in the content of one of {STRETCH.value} checkpoints without hashes, '
+        f'{TRIALS.value} of each: step named.\n')
+  print(table(['fault', 'inside the series', 'newest checkpoint'], [
+      [name, f'{rates["inside"]:.0%}', f'{rates["newest"]:.0%}']
+      for name, rates in results['content'].items()]))
+  if JSON.value:
+    write_whole(pathlib.Path(JSON.value), json.dumps(
+        {'machine': facts, 'healthy': healthy, **results}, indent=2, default=float) + '\n')
+  missed = [name for name, counts in results['files'].items() if counts['kept']['missed']]
+  if missed or healthy['with hashes'] or healthy['without hashes']:
+    raise stored.DamagedError(f'missed with hashes: {", ".join(missed) or "nothing"}; false alarms: '
+                              f'{len(healthy["with hashes"])}, {len(healthy["without hashes"])}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)
