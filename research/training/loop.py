@@ -40,6 +40,7 @@ class _Inputs(NamedTuple):
   """What a run needs and what may be wrong with it, all found out before anything is written."""
 
   source: Source
+  trained_on: Source
   items: list[MonitorItem]
   numerics: dict[str, Any]
   parent: dict[str, Any] | None
@@ -59,7 +60,8 @@ def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.
     encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
   # A run that exists already knows its parent, which may be gone by now.
   begun = RunDir(run_dir.whole).manifest_json.exists()
-  return _Inputs(source, items, numerics, None if begun else span.parent(config, source.tokenizer))
+  return _Inputs(source, span.data(source), items, numerics,
+                 None if begun else span.parent(config, source.tokenizer))
 
 
 def train(config: ExperimentConfig, run_dir: RunDir, span: Span | None = None) -> None:
@@ -136,6 +138,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
         observers.snapshot(step, stored)
       with recorder.phase('monitor'):
         recorder.monitors(step, watch.score(step, stored))
+        observers.scores(step)
     if heldout and span.due(step, config.evals.every):
       with recorder.phase('eval'):
         row = {'step': step, **_heldout_loss(eval_step, state.params, heldout)}
@@ -145,16 +148,16 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
       with recorder.phase('save'):
         snapshots.wait()
         recorder.sync()
+        observers.checkpoint(step, state)
         checkpoints.save(step, state, {'step': step, 'tokens': recorder.tokens},
                          manifest['hashes'])
-        observers.checkpoint(step, state)
 
   def record(step: int, metrics) -> None:
     observers.row('metrics', recorder.step(step, metrics, watch.n_swings))
 
   if restored is None:
     observe(first, state)
-  stream = batches(span.data(source), config.data.batch_size, first, built.local_rows(),
+  stream = batches(inputs.trained_on, config.data.batch_size, first, built.local_rows(),
                    prefetch=4)
   dispatched = None
   for step in range(first + 1, span.last + 1):
@@ -207,7 +210,7 @@ def _open_manifest(config, run_dir, inputs, mesh, restored, span) -> dict[str, A
     manifest = {'experiment': config.name, 'numerics': inputs.numerics, 'mesh': shape, 'starts': [],
                 'hashes': {'data': source.hash, 'tokenizer': source.tokenizer.hash},
                 'parent': inputs.parent, 'start_id': source.start_id, 'data': source.facts()}
-    manifest |= {'replay': span.replay} if span.replay else {}
+    manifest |= {'replay': span.replay, 'differs': span.differs} if span.replay else {}
   else:
     changes = manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash,
                                            span.replay)

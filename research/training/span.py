@@ -21,10 +21,12 @@ class Span:
     first: the step of the state with which the directory begins.
     last: the step at which it ends.
     observed_from: the step of the first snapshot.
-    replay: what the manifest records of a replay, {} for a run of its own.
+    replay: what is replayed, {} for a run of its own; a directory holds one replay.
+    differs: settings and facts of machine and mesh in which a replay differs, as short phrases.
   """
 
   replay: ClassVar[dict[str, Any]] = {}
+  differs: ClassVar[tuple[str, ...]] = ()
 
   def __init__(self, config: ExperimentConfig):
     self.first, self.observed_from, self.last = 0, 0, config.n_steps
@@ -38,7 +40,7 @@ class Span:
     return find_parent(config, tokenizer)
 
   def data(self, source: Source) -> Source:
-    """Returns the source of the batches that are trained on."""
+    """Returns the source of the batches that are trained on; raises UserError for other data."""
     return source
 
   def begin(self, built: Build, config: ExperimentConfig, parent: dict[str, Any] | None
@@ -59,11 +61,14 @@ class Span:
 class Observers:
   """What a replay looks at as it is made; a run of its own has nothing to be compared with."""
 
-  def row(self, table: str, row: dict[str, Any]) -> None:
+  def row(self, log: str, row: dict[str, Any]) -> None:
     """Looks at a row of 'metrics' or 'evals'."""
 
   def snapshot(self, step: int, stored: Any) -> None:
     """Looks at the values of a snapshot, a tree of arrays on the mesh."""
+
+  def scores(self, step: int) -> None:
+    """Looks at the scores of a snapshot, once they are on the disk."""
 
   def checkpoint(self, step: int, state: State) -> None:
     """Looks at a state that is saved."""
