@@ -13,13 +13,13 @@ from parallelism.mesh import make_mesh
 from research import build as build_lib
 from research.build import Build
 from research.config import ExperimentConfig
-from research.data.batches import Source
+from research.data.batches import Source, make_source
 from research.data.edits import Edit, check_edits, edited, parse_edit
 from research.data.tokenizers import Tokenizer
 from research.dynamics.original import Original, changes_bits, check_range
 from research.dynamics.verify import Verifier, verdict
 from research.errors import UserError
-from research.run_dir import RunDir
+from research.run_dir import CACHE, RunDir
 from research.training import manifest as manifest_lib
 from research.training.checkpoints import Checkpoints
 from research.training.loop import train
@@ -68,11 +68,7 @@ class Replay(Span):
 
   def data(self, source: Source) -> Source:
     """Returns the original's source with the edits; raises UserError where the data has changed."""
-    hashes = self._original.manifest['hashes']
-    for name, now in (('data', source.hash), ('tokenizer', source.tokenizer.hash)):
-      if hashes[name] != now:
-        raise UserError(f'{self._original.name} was made with {name} {hashes[name][:12]}, now its '
-                        f'hash is {now[:12]}; the {name} has changed since')
+    _check_data(self._original, source)
     return edited(source, self._original.config.data.batch_size, self._edits)
 
   def begin(self, built: Build, config: ExperimentConfig, parent: dict[str, Any]
@@ -88,6 +84,26 @@ class Replay(Span):
   def observers(self, run_dir: RunDir, kept: int) -> Verifier:
     """Returns what compares the replay with the original."""
     return Verifier(self._original, run_dir, kept, self.equal_until, self._reasons)
+
+
+def trained_on(original: Original) -> Source:
+  """Returns the source of a run's batches, edits of a replay included.
+
+  Raises:
+    UserError: its data is gone or has changed since.
+  """
+  config = original.config
+  source = make_source(config.data, config.n_steps, CACHE)
+  _check_data(original, source)
+  return edited(source, config.data.batch_size, [parse_edit(text) for text in original.edits])
+
+
+def _check_data(original: Original, source: Source) -> None:
+  for name, now in (('data', source.hash), ('tokenizer', source.tokenizer.hash)):
+    if original.manifest['hashes'][name] != now:
+      then = original.manifest['hashes'][name]
+      raise UserError(f'{original.name} was made with {name} {then[:12]}, now its hash is '
+                      f'{now[:12]}; the {name} has changed since')
 
 
 def replay(original: Original, run_dir: RunDir, steps: tuple[int, int],
