@@ -1,4 +1,4 @@
-"""Finds the two adjacent steps between which a monitor changes state, by replaying the interval.
+r"""Finds the two adjacent steps between which a monitor changes state, by replaying the interval.
 
   python -m launchers.bisect --run_dir=runs/quickstart --between=1300:1340 --dataset=successive
   python -m launchers.bisect --run_dir=runs/quickstart --between=1300:1340 --dataset=successive \

@@ -1,4 +1,4 @@
-"""Makes a run again with other data in some steps, all else equal, and shows both beside each other.
+r"""Makes a run again with other data in some steps, all else equal, and shows both beside each other.
 
   python -m launchers.counterfactual --run_dir=runs/quickstart --edit='swap 1200:1260 1320:1380'
   python -m launchers.counterfactual --run_dir=runs/quickstart --edit='mask 1200:1260 successive' \

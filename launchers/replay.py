@@ -1,4 +1,4 @@
-"""Makes steps of a run again, bit for bit, with denser snapshots or other monitors, and checks it.
+r"""Makes steps of a run again, bit for bit, with denser snapshots or other monitors, and checks it.
 
   python -m launchers.replay --run_dir=runs/quickstart --steps=1300:1340 \
       --config.checkpoints.snapshot_every=1
