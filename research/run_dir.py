@@ -39,6 +39,11 @@ class RunDir:
     self.monitor_scores = self.monitors / 'scores'
     self.report_html = self.path / 'report.html'
     self.figures = self.path / 'figures'
+    self.verified_jsonl = self.path / 'verified.jsonl'
+    self.bisection_json = self.path / 'bisection.json'
+    self.documents_parquet = self.path / 'documents.parquet'
+    self.comparison_csv = self.path / 'comparison.csv'
+    self.comparison_png = self.path / 'comparison.png'
     self.done = self.whole / 'DONE'
     self._lock_path = self.path / '.lock'
     self._lock = None

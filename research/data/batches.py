@@ -29,7 +29,11 @@ class Source(Protocol):
     """tokens_L, targets_L, segment_ids_L, positions_L (int32) and loss_mask_L (float32)."""
 
   def documents(self, j: int) -> list[dict[str, Any]]:
-    """What row j contains, document by document: id, and file or family."""
+    """What row j contains, document by document.
+
+    id, kind (family, or entry of the mixture), source (file), text, and the position in the row
+    and number of its tokens; more where the source knows more.
+    """
 
   def heldout_rows(self) -> Sequence[Row]:
     """Rows that training never sees, by random access."""

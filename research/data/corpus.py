@@ -83,11 +83,20 @@ class CorpusSource:
     return make_row(shard.tokens[first:first + length + 1], shard.eos_id, length, self._pad_id)
 
   def documents(self, j: int) -> list[dict[str, Any]]:
-    """What row j contains: id, file, document, tokens [start, end) within it, path, epoch."""
+    """What row j contains: id, file, document, tokens [start, end) within it, path, epoch, text.
+
+    `kind` is the entry of `paths`, `position` where in the row the text begins.
+    """
     source, index = self._mixture.place(j)
     shard, first = self._chunk(j)
-    more = {'path': self._components[source].name, 'epoch': index // int(self._rows[source][-1])}
-    return [d | more for d in shard.describe(first, first + self._order.sequence_length)]
+    name = self._components[source].name
+    more = {'kind': name, 'path': name, 'epoch': index // int(self._rows[source][-1])}
+    described = []
+    for d in shard.describe(first, first + self._order.sequence_length):
+      at, n_tokens = first + d['position'], d['tokens'][1] - d['tokens'][0]
+      text = self.tokenizer.decode(shard.tokens[at:at + n_tokens])
+      described.append({**d, **more, 'source': d['file'], 'n_tokens': n_tokens, 'text': text})
+    return described
 
   def heldout_rows(self) -> 'HeldoutRows':
     """Rows in which every held-out token is a target once; the end of a stream is padded."""

@@ -67,7 +67,8 @@ class TokenShard:
   def describe(self, first: int, last: int) -> list[dict]:
     """The documents that tokens [first, last) touch: file, number, and which of its tokens.
 
-    `tokens` is the half-open range within the document, its leading EOS not counted.
+    `tokens` is the half-open range within the document, its leading EOS not counted; `position`
+    is that of its first token, counted from `first`.
     """
     a = max(int(np.searchsorted(self.starts, first, 'right')) - 1, 0)
     b = int(np.searchsorted(self.starts, last, 'left'))
@@ -79,7 +80,7 @@ class TokenShard:
         file, number = (0, d) if self.documents is None else self.documents[d, :2]
         name = self.files[int(file)]
         described.append({'id': f'{name}#{int(number)}', 'file': name, 'document': int(number),
-                          'tokens': (low - start, high - start)})
+                          'tokens': (low - start, high - start), 'position': low - first})
     return described
 
   def span(self, d: int) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def families_figure(analysis: Analysis) -> Figure:
   families = analysis.families
   n_columns = min(3, len(families))
   n_rows = -(-len(families) // n_columns)
-  figure = _figure(4.1 * n_columns, 2.3 * n_rows + 0.5)
+  figure = blank_figure(4.1 * n_columns, 2.3 * n_rows + 0.5)
   axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).ravel()
   for axis, family in zip(axes, families):
     _draw_family(axis, analysis.steps, family)
@@ -51,9 +51,9 @@ def families_figure(analysis: Analysis) -> Figure:
 def controls_figure(analysis: Analysis) -> Figure:
   """Returns the controls' accuracy with the tolerance around their level."""
   state = analysis.controls
-  figure = _figure(6.4, 2.8)
+  figure = blank_figure(6.4, 2.8)
   axis = figure.subplots()
-  _clean(axis)
+  clean_axis(axis)
   for name, dataset in analysis.control_states.items():
     axis.plot(dataset.steps, dataset.accuracy, color=LIGHT['control'], alpha=0.4, linewidth=0.9,
               label=name)
@@ -67,9 +67,9 @@ def controls_figure(analysis: Analysis) -> Figure:
 
 def loss_figure(records: Records) -> Figure:
   """Returns training and held-out loss in nats per token."""
-  figure = _figure(6.4, 2.8)
+  figure = blank_figure(6.4, 2.8)
   axis = figure.subplots()
-  _clean(axis)
+  clean_axis(axis)
   loss = records.metrics['loss']
   axis.plot(loss.steps, loss.values, color=LIGHT['training'], linewidth=1.1, label='training')
   if 'heldout_loss' in records.evals:
@@ -85,7 +85,7 @@ def loss_figure(records: Records) -> Figure:
 
 
 def _draw_family(axis, steps, family: Family):
-  _clean(axis)
+  clean_axis(axis)
   axis.axhspan(0.7, 1, color=LIGHT['generalizing'], alpha=0.08, linewidth=0)
   axis.axhspan(0, 0.3, color=LIGHT['shortcut'], alpha=0.08, linewidth=0)
   axis.plot(steps, family.accuracy_TC, color=LIGHT['faint'], linewidth=0.6, alpha=0.5)
@@ -104,11 +104,13 @@ def _draw_family(axis, steps, family: Family):
                  color=LIGHT['ink'])
 
 
-def _figure(width, height):
+def blank_figure(width: float, height: float) -> Figure:
+  """Returns an empty figure of so many inches."""
   return Figure(figsize=(width, height), dpi=150, layout='constrained')
 
 
-def _clean(axis):
+def clean_axis(axis) -> None:
+  """Draws an axis plainly: two spines, a grid behind the curves."""
   axis.spines[['top', 'right']].set_visible(False)
   axis.spines[['left', 'bottom']].set_color(LIGHT['faint'])
   axis.grid(color=LIGHT['grid'])

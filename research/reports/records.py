@@ -36,8 +36,9 @@ class Records:
 
   @property
   def n_steps(self) -> int | None:
-    """The steps that the run is meant to take."""
-    return self.config.get('n_steps')
+    """The step at which the run, or the replay, is meant to end."""
+    replayed = self.manifest.get('replay')
+    return replayed['steps'][1] if replayed else self.config.get('n_steps')
 
   @property
   def is_finished(self) -> bool:

@@ -35,21 +35,24 @@ from research.training.logs import duration
 from research.training.provenance import Chain, Window
 from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotWriter
-from research.training.start import find_parent, first_state, parent_facts
+from research.training.span import Span
+from research.training.start import parent_facts
 
 
 class _Inputs(NamedTuple):
   """What a run needs and what may be wrong with it, all found out before anything is written."""
 
   source: Source
+  trained_on: Source
   items: list[MonitorItem]
   numerics: dict[str, Any]
   parent: dict[str, Any] | None
 
 
-def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh) -> _Inputs:
+def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, span: Span
+                  ) -> _Inputs:
   """Returns the checked inputs of a run; raises ValueError (or UserError) for what cannot work."""
-  numerics = build_lib.resolve_numerics(config, mesh)
+  numerics = span.numerics(config, mesh)
   build_lib.build(config, mesh, numerics)
   source = make_source(config.data, config.n_steps, CACHE)
   _check_vocabulary(config, source.tokenizer)
@@ -60,30 +63,33 @@ def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.
     encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
   # A run that exists already knows its parent, which may be gone by now.
   begun = RunDir(run_dir.whole).manifest_json.exists()
-  return _Inputs(source, items, numerics, None if begun else find_parent(config, source.tokenizer))
+  return _Inputs(source, span.data(source), items, numerics,
+                 None if begun else span.parent(config, source.tokenizer))
 
 
-def train(config: ExperimentConfig, run_dir: RunDir) -> None:
+def train(config: ExperimentConfig, run_dir: RunDir, span: Span | None = None) -> None:
   """Runs the experiment to its end, from wherever the run directory stands.
 
   Args:
     config: what to run.
     run_dir: where it is written; an unfinished run in it is resumed, a finished one is reported.
+    span: which steps, where not all of the run.
 
   Raises:
     UserError: bad input, a changed identity setting, a directory in use, a full disk.
   """
+  span = span or Span(config)
   try:
     mesh = make_mesh(config.mesh)
-    inputs = _check_inputs(config, run_dir, mesh)
+    inputs = _check_inputs(config, run_dir, mesh, span)
     run_dir.lock()
     if run_dir.done.exists():
       hashes = inputs.source.hash, inputs.source.tokenizer.hash
       finished = RunDir(run_dir.whole)  # This process may not have been there.
-      manifest_lib.check_resumable(finished, config, *hashes)
+      manifest_lib.check_resumable(finished, config, *hashes, span.replay)
       print(f'finished already: {finished.report_html.resolve()}')
     else:
-      _train(config, run_dir, mesh, inputs)
+      _train(config, run_dir, mesh, inputs, span)
   except UserError:
     raise
   except Exception as error:
@@ -99,26 +105,27 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
 
 
 def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
-           inputs: _Inputs) -> None:
+           inputs: _Inputs, span: Span) -> None:
   source = inputs.source
   checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
   restored = checkpoints.steps[-1] if checkpoints.steps else None
   join(run_dir, restored)
-  manifest = _open_manifest(config, run_dir, inputs, mesh, restored)
+  manifest = _open_manifest(config, run_dir, inputs, mesh, restored, span)
   built = build_lib.build(config, mesh, manifest['numerics'])
   if restored is None:
-    state, position = first_state(built, config, manifest['parent']), {'step': 0, 'tokens': 0}
+    state, position = span.begin(built, config, manifest['parent'])
   else:
     restored, state, position = checkpoints.restore_newest(built.abstract_state, run_dir.set_aside)
     checkpoints.take_inventory(restored)
     manifest['starts'][-1]['from_step'] = restored
-    print(f'resuming {run_dir.path} at step {restored} of {config.n_steps}', flush=True)
+    print(f'resuming {run_dir.path} at step {restored} of {span.last}', flush=True)
   first = position['step']
   kept = -1 if restored is None else first  # What was written after this step is written again.
   _describe(run_dir, config, built, manifest)
 
-  recorder = Recorder(config, run_dir, first=first, kept=kept, tokens=position['tokens'],
+  recorder = Recorder(config, run_dir, span, first=first, kept=kept, tokens=position['tokens'],
                       n_devices=mesh.size)
+  observers = span.observers(run_dir, kept)
   manifest['peak'] = recorder.peak
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
@@ -131,31 +138,40 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
 
   def observe(step: int, state) -> None:
     """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint."""
-    if _due(step, config.checkpoints.snapshot_every, config):
+    if step >= span.observed_from and span.due(step, config.checkpoints.snapshot_every):
       stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
       with recorder.phase('hash'):
         tensors = hashes.digests(stored)
       with recorder.phase('save'):
         snapshots.write(step, stored, tensors)
+        observers.snapshot(step, stored)
       with recorder.phase('monitor'):
         recorder.monitors(step, watch.score(step, stored))
-    if heldout and _due(step, config.evals.every, config):
+        observers.scores(step)
+    if heldout and span.due(step, config.evals.every):
       with recorder.phase('eval'):
-        recorder.heldout({'step': step, **_heldout_loss(eval_step, state.params, heldout)})
-    if step and _due(step, config.checkpoints.every, config):
+        row = {'step': step, **_heldout_loss(eval_step, state.params, heldout)}
+        recorder.heldout(row)
+        observers.row('evals', row)
+    if step > span.first and span.due(step, config.checkpoints.every):
       reached = {'step': step, 'tokens': recorder.tokens}
       with recorder.phase('hash'):
-        record = chain.record(step, hashes.digests(items(state)), reached)
+        proof = chain.record(step, hashes.digests(items(state)), reached)
       with recorder.phase('save'):
         snapshots.wait()
         recorder.sync()
-        checkpoints.save(step, state, reached, record)
+        observers.checkpoint(step, state)
+        checkpoints.save(step, state, reached, proof)
+
+  def record(step: int, metrics) -> None:
+    observers.row('metrics', recorder.step(step, metrics, watch.n_swings))
 
   if restored is None:
-    observe(0, state)
-  stream = batches(source, config.data.batch_size, first, built.local_rows(), prefetch=4)
+    observe(first, state)
+  stream = batches(inputs.trained_on, config.data.batch_size, first, built.local_rows(),
+                   prefetch=4)
   dispatched = None
-  for step in range(first + 1, config.n_steps + 1):
+  for step in range(first + 1, span.last + 1):
     with recorder.phase('data'):
       local = next(stream)
       batch = built.place_batch(local)
@@ -163,19 +179,20 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
       chain.window.add(step, local)
     state, metrics = train_step(state, batch)
     if dispatched:  # The row of a step is written while the next one is computed.
-      recorder.step(*dispatched, watch.n_swings)
+      record(*dispatched)
     dispatched = (step, metrics)
-    if any(_due(step, every, config) for every in _cadences(config)):
-      recorder.step(*dispatched, watch.n_swings)
+    if any(span.due(step, every) for every in _cadences(config)):
+      record(*dispatched)
       dispatched = None
       observe(step, state)
 
   snapshots.close()
   checkpoints.close()
   recorder.close()
-  if _has_heldout_text(config):
+  observers.close()
+  if _has_heldout_text(config) and span.last == config.n_steps:
     _score_heldout_text(config, run_dir, source, built, eval_step, state.params)
-  _finish(run_dir, config, manifest, time.perf_counter() - recorder.began)
+  _finish(run_dir, config, manifest, time.perf_counter() - recorder.began, span)
 
 
 def _has_heldout_text(config: ExperimentConfig) -> bool:
@@ -186,18 +203,13 @@ def _cadences(config: ExperimentConfig) -> tuple[int, ...]:
   return config.checkpoints.snapshot_every, config.checkpoints.every, config.evals.every
 
 
-def _due(step: int, every: int, config: ExperimentConfig) -> bool:
-  """Returns whether what happens every so many steps (0: never), and at the end, happens now."""
-  return bool(every) and (step % every == 0 or step == config.n_steps)
-
-
 def _check_vocabulary(config: ExperimentConfig, tokenizer) -> None:
   if tokenizer.vocab_size > config.model.vocab_size:
     raise UserError(f'model.vocab_size={config.model.vocab_size} is smaller than the tokenizer\'s '
                     f'{tokenizer.vocab_size}; set --config.model.vocab_size={tokenizer.vocab_size}')
 
 
-def _open_manifest(config, run_dir, inputs, mesh, restored) -> dict[str, Any]:
+def _open_manifest(config, run_dir, inputs, mesh, restored, span) -> dict[str, Any]:
   """Returns the manifest with this start recorded; refuses a changed identity.
 
   Numerics are those of the first start for as long as the mesh, the model's way of computing and
@@ -212,8 +224,10 @@ def _open_manifest(config, run_dir, inputs, mesh, restored) -> dict[str, Any]:
     manifest = {'experiment': config.name, 'numerics': inputs.numerics, 'mesh': shape, 'starts': [],
                 'hashes': {'data': source.hash, 'tokenizer': source.tokenizer.hash},
                 'parent': inputs.parent, 'start_id': source.start_id, 'data': source.facts()}
+    manifest |= {'replay': span.replay, 'differs': span.differs} if span.replay else {}
   else:
-    changes = manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash)
+    changes = manifest_lib.check_resumable(run_dir, config, source.hash, source.tokenizer.hash,
+                                           span.replay)
     for change in manifest_lib.machine_changes(manifest):
       print(f'note: bits may differ from an uninterrupted run, {change}', flush=True)
     if manifest['mesh'] != shape:
@@ -271,14 +285,14 @@ def _score_heldout_text(config, run_dir, source, built, eval_step, params) -> No
     print(f'held-out text, {name}: {row["bits_per_byte"]:.3f} bits per byte ({compressors})')
 
 
-def _finish(run_dir, config, manifest, seconds) -> None:
+def _finish(run_dir, config, manifest, seconds, span) -> None:
   manifest['seconds_last_start'] = seconds
   manifest_lib.write(run_dir, manifest)
   report = build_report(run_dir)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('run finished')
   if jax.process_index() == 0:  # One file for all processes: the run is done, or it is not.
-    write_whole(run_dir.done, json.dumps({'step': config.n_steps}) + '\n')
+    write_whole(run_dir.done, json.dumps({'step': span.last}) + '\n')
   print(f'{config.name}: done in {duration(seconds)}')
   print(f'report: {report.resolve()}', flush=True)
 

@@ -77,15 +77,19 @@ def write(run_dir: RunDir, manifest: dict[str, Any]) -> None:
   write_whole(run_dir.manifest_json, json.dumps(manifest, indent=2) + '\n')
 
 
-def check_resumable(run_dir: RunDir, config: Any, data_hash: str, tokenizer_hash: str
-                    ) -> dict[str, Any]:
+def check_resumable(run_dir: RunDir, config: Any, data_hash: str, tokenizer_hash: str,
+                    replay: dict[str, Any]) -> dict[str, Any]:
   """Returns the placement settings that changed since the run was written: path -> [old, new].
 
   Raises:
-    UserError: an identity setting, the data or the tokenizer differs; the message names it.
+    UserError: an identity setting, the data, the tokenizer or what is replayed (`replay`, {} for
+      a run of its own) differs; the message names it.
   """
   manifest = read(run_dir)
   saved = json.loads(run_dir.config_json.read_text(encoding='utf-8'))
+  if manifest.get('replay', {}) != replay:
+    raise UserError(f'{run_dir.path} holds {said(manifest.get("replay", {}))}, not {said(replay)}; '
+                    'choose another directory')
   changes = {}
   for setting, old in config_lib.differences(saved, config):
     if setting.kind == 'identity':
@@ -97,6 +101,14 @@ def check_resumable(run_dir: RunDir, config: Any, data_hash: str, tokenizer_hash
       raise UserError(f'{run_dir.path} was made with {name} {manifest["hashes"][name][:12]}, now '
                       f'its hash is {now[:12]}; the {name} has changed since')
   return changes
+
+
+def said(replay: dict[str, Any]) -> str:
+  """Returns in words what a manifest's record of a replay says."""
+  if not replay:
+    return 'a run of its own'
+  edits = f' with {"; ".join(replay["edits"])}' if replay['edits'] else ''
+  return f'a replay of steps {replay["steps"][0]} to {replay["steps"][1]} of {replay["of"]}{edits}'
 
 
 def machine_changes(manifest: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from research.config import ExperimentConfig
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.training.logs import JsonLines, Progress, TensorBoard, read_rows
+from research.training.span import Span
 
 
 class Recorder:
@@ -24,13 +25,14 @@ class Recorder:
     peak: the matmul rate that MFU is a share of, and where the figure is from.
   """
 
-  def __init__(self, config: ExperimentConfig, run_dir: RunDir, *, first: int, kept: int,
-               tokens: int, n_devices: int):
+  def __init__(self, config: ExperimentConfig, run_dir: RunDir, span: Span, *, first: int,
+               kept: int, tokens: int, n_devices: int):
     """Opens the logs and drops their rows after step `kept`.
 
     Args:
       config: the experiment.
       run_dir: where its logs are.
+      span: the steps that the directory holds.
       first: the step from which this process goes on.
       kept: the last step whose rows stay; -1 for none.
       tokens: loss-bearing tokens consumed up to `first`.
@@ -43,13 +45,13 @@ class Recorder:
     self._flops_share = flops_per_token(config.model, config.data.sequence_length) / peak
     self._metrics = JsonLines(run_dir.metrics_jsonl, kept)
     steps = [row['step'] for row in read_rows(run_dir.metrics_jsonl)]
-    if steps != list(range(1, first + 1)):
-      raise UserError(f'{run_dir.metrics_jsonl} must hold one row for each of the steps 1 to {first} '
-                      f'that the run resumes from; it holds {len(steps)} rows')
+    if steps != list(range(span.first + 1, first + 1)):
+      raise UserError(f'{run_dir.metrics_jsonl} must hold one row for each of the steps '
+                      f'{span.first + 1} to {first} that the run resumes from; it holds {len(steps)} rows')
     self._evals = JsonLines(run_dir.evals_jsonl, kept)
     self._timings = JsonLines(run_dir.timings_jsonl, kept)
     self._board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
-    self._progress = Progress(config.n_steps, first, config.logging.progress_seconds)
+    self._progress = Progress(span.last, first, config.logging.progress_seconds)
     self.began = self._lap = time.perf_counter()
     self._phases: dict[str, float] = {}
 
@@ -64,8 +66,8 @@ class Recorder:
     key = f'{name}_seconds'
     self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - start
 
-  def step(self, step: int, metrics: dict[str, jax.Array], n_hops: int) -> None:
-    """Writes the rows of a step that has been dispatched; waits until it is done."""
+  def step(self, step: int, metrics: dict[str, jax.Array], n_hops: int) -> dict[str, Any]:
+    """Writes the rows of a step that has been dispatched; waits for it, returns its metrics."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     self.tokens += int(values.pop('batch_tokens'))
     row = {'step': step, 'tokens': self.tokens, **values}
@@ -78,6 +80,7 @@ class Recorder:
     self._to_board('train', row)
     self._to_board('timing', timing)
     self._progress.update(step, row['loss'], rate, timing['mfu'], n_hops)
+    return row
 
   def heldout(self, row: dict[str, Any]) -> None:
     """Writes a row of held-out loss."""

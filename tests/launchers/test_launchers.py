@@ -12,7 +12,8 @@ import pytest
 from research.run_dir import RunDir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LAUNCHERS = ('preflight', 'pretrain', 'report', 'sample', 'score', 'sweep')
+LAUNCHERS = ('bisect', 'counterfactual', 'preflight', 'pretrain', 'replay', 'report', 'sample',
+             'score', 'sweep', 'window')
 
 
 def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -92,11 +92,14 @@ class MicroworldSource:
     return self._pack(self.page(j)[1])
 
   def documents(self, j: int) -> list[dict[str, Any]]:
-    """Returns id, family and text of every document in row j."""
+    """Returns id, family (also as `kind`), place in the row and text of every document of row j."""
     family, pages = self.page(j)
+    ends = list(itertools.accumulate(len(document) for document in pages))
     return [
-        {'id': f'{j}.{i}', 'family': family, 'window': self.window(j), 'text': ' '.join(document)}
-        for i, document in enumerate(pages)]
+        {'id': f'{j}.{i}', 'family': family, 'kind': family, 'source': 'microworld',
+         'window': self.window(j), 'position': end - len(document), 'n_tokens': len(document),
+         'text': ' '.join(document)}
+        for i, (document, end) in enumerate(zip(pages, ends, strict=True))]
 
   def heldout_rows(self) -> Sequence[Row]:
     """Returns the held-out rows: drawn from a seed of their own, with undrifted shares."""

@@ -1,0 +1,262 @@
+"""Replays, bisection and counterfactuals of a tiny run whose text switches at known steps.
+
+The witness is another run of the same config, which training itself scored at every step.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+import numpy as np
+import pandas as pd
+import pytest
+
+from parallelism.mesh import make_mesh
+from research import build as build_lib
+from research.data.edits import parse_edit
+from research.dynamics import bisect as bisect_lib
+from research.dynamics.counterfactual import as_csv, counterfactual
+from research.dynamics.curves import read_curves
+from research.dynamics.original import open_original
+from research.dynamics.replay import replay
+from research.dynamics.verify import ReplayError
+from research.errors import UserError
+from research.monitors import table
+from research.reports.comparison import write_comparison
+from research.run_dir import RunDir
+from research.training.checkpoints import Checkpoints
+from research.training.logs import read_rows
+from research.training.loop import train
+from research.training.snapshots import SnapshotReader
+from tests.research.replay_runs import N_STEPS, SWITCHES, content, switching_run
+
+DENSE = [('checkpoints.snapshot_every', '1')]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Programs that are the same in all runs of this file are compiled once."""
+  names = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla')),
+           'jax_persistent_cache_min_compile_time_secs': 0}
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  reset_cache()
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """(the run, the same run with a snapshot of every step)."""
+  folder = tmp_path_factory.mktemp('runs')
+  config = switching_run(folder)
+  dense = dataclasses.replace(config.checkpoints, snapshot_every=1)
+  train(config, RunDir(folder / 'run'))
+  train(dataclasses.replace(config, checkpoints=dense), RunDir(folder / 'witness'))
+  return RunDir(folder / 'run'), RunDir(folder / 'witness')
+
+
+def original_of(run_dir: RunDir):
+  return open_original(str(run_dir.whole))
+
+
+def copy_of(run_dir: RunDir, path, *without: str):
+  shutil.copytree(run_dir.whole, path, ignore=shutil.ignore_patterns(*without))
+  return open_original(str(path))
+
+
+def same_snapshots(run_dir: RunDir, witness: RunDir, steps) -> bool:
+  """Whether both hold the same bits and scores at these steps."""
+  readers = [SnapshotReader(run.snapshots) for run in (run_dir, witness)]
+  names = [path.name for path in run_dir.snapshots.iterdir() if path.is_dir()]
+  assert len(names) > 5
+  for step in steps:
+    for name in names:
+      a, b = (reader.leaf(step, name).read().result() for reader in readers)
+      if a.dtype != b.dtype or a.tobytes() != b.tobytes():
+        return False
+    scores = [table.read_scores(run.monitor_scores / table.scores_name(step))[1]
+              for run in (run_dir, witness)]
+    if any(a.tobytes() != b.tobytes() for a, b in zip(*scores, strict=True)):
+      return False
+  return True
+
+
+def test_forty_steps_again_are_the_same_bits(runs, tmp_path):
+  run_dir, witness = runs
+  before = content(run_dir.whole)
+  again = RunDir(tmp_path / 'replay')
+  said = replay(original_of(run_dir), again, (21, 61), DENSE)
+  assert said == (f'equal to {run_dir.whole} bit for bit: 41 rows of metrics, 5 rows of held-out '
+                  'loss, 7 snapshots, 4 checkpoints, 7 tables of scores')
+  assert content(run_dir.whole) == before
+  assert SnapshotReader(again.snapshots).steps == list(range(21, 62))
+  assert same_snapshots(again, witness, range(21, 62))
+  assert read_rows(again.metrics_jsonl) == [
+      row for row in read_rows(witness.metrics_jsonl) if 20 < row['step'] <= 61]
+  manifest = json.loads(again.manifest_json.read_text())
+  assert manifest['parent'] == {'run_dir': str(run_dir.whole.resolve()), 'step': 20}
+  assert manifest['replay'] == {'of': str(run_dir.whole.resolve()), 'steps': [21, 61], 'edits': []}
+  assert manifest['differs'] == ['checkpoints.snapshot_every: 6 -> 1']
+  assert again.report_html.exists()
+  # Optimizer, average, key and data position at the end are those of the witness's own checkpoint.
+  config = open_original(str(again.whole)).config
+  built = build_lib.build(config, make_mesh(config.mesh), manifest['numerics'])
+  pair = [Checkpoints(run.checkpoints) for run in (again, witness)]
+  (state, position), (other, other_position) = (
+      checkpoints.restore(60, built.abstract_state) for checkpoints in pair)
+  assert position == other_position and jax.tree.leaves(state.ema)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  for checkpoints in pair:
+    checkpoints.close()
+
+
+def test_bits_do_not_depend_on_the_state_that_a_replay_starts_from(runs, tmp_path):
+  run_dir, witness = runs
+  bare = copy_of(run_dir, tmp_path / 'bare', 'checkpoints')
+  again = RunDir(tmp_path / 'replay')
+  said = replay(bare, again, (11, 13), DENSE)
+  assert said.startswith('equal') and '13 rows of metrics' in said
+  assert same_snapshots(again, witness, (11, 12, 13))
+  # A finished replay is reported, another one is not put over it.
+  assert replay(bare, again, (11, 13), DENSE) == said
+  with pytest.raises(UserError, match='holds a replay of steps 11 to 13 .*, not a replay of steps'):
+    replay(bare, again, (11, 14), DENSE)
+
+
+def test_a_difference_is_an_error_that_names_step_and_leaf(runs, tmp_path):
+  broken = copy_of(runs[0], tmp_path / 'broken')
+  rows = read_rows(broken.run_dir.metrics_jsonl)
+  wrong = [{**row, 'loss': row['loss'] + (row['step'] == 23) * 1e-6} for row in rows]
+  broken.run_dir.metrics_jsonl.write_text(''.join(json.dumps(row) + '\n' for row in wrong))
+  with pytest.raises(ReplayError, match='^step 23: loss of the metrics differs from .* 1e-06'):
+    replay(original_of(broken.run_dir), RunDir(tmp_path / 'a'), (22, 24))
+
+  broken.run_dir.metrics_jsonl.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  name = sorted(path.name for path in broken.run_dir.snapshots.iterdir() if path.is_dir())[0]
+  leaf = SnapshotReader(broken.run_dir.snapshots).leaf(24, name)
+  values = leaf.read().result()
+  leaf.write(values + np.float32(0.5)).result()
+  with pytest.raises(ReplayError, match=f'^step 24: {name} of the snapshot differs .* 0.5 '):
+    replay(original_of(broken.run_dir), RunDir(tmp_path / 'b'), (22, 24))
+
+  # Of another machine the same difference is stated, and the replay goes on.
+  manifest = json.loads(broken.run_dir.manifest_json.read_text())
+  manifest['starts'][0]['machine']['threads'] = 99
+  broken.run_dir.manifest_json.write_text(json.dumps(manifest))
+  said = replay(original_of(broken.run_dir), RunDir(tmp_path / 'c'), (22, 24))
+  assert 'different: 1 snapshots, the first at step 24' in said and f'most in {name} (0.5)' in said
+  assert 'what is not the same: threads: 99 -> ' in said
+
+
+def changes_of(readings, state) -> list[tuple[int, int]]:
+  """Adjacent pairs of different states, from a list of (step, value)."""
+  return [(a, b) for (a, x), (b, y) in zip(readings, readings[1:]) if state(x) != state(y)]
+
+
+@pytest.fixture(scope='module')
+def scored(runs):
+  """Accuracy and margin at every step, as training scored the witness."""
+  curves = read_curves(runs[1].monitor_items, runs[1].monitor_scores)
+  assert curves.steps.tolist() == list(range(N_STEPS + 1))
+  return curves.accuracy_TC.mean(1), curves.margin_TC.mean(1)
+
+
+def test_bisect_finds_what_exhaustive_scoring_finds(runs, scored, tmp_path, capsys):
+  run_dir, _ = runs
+  accuracy, margin = scored
+  first, last = SWITCHES[0], SWITCHES[1] - 1
+  expected = changes_of([(s, accuracy[s]) for s in range(first, last + 1)], lambda x: x > 0.5)
+  assert len(expected) % 2 == 1, 'the planted switch is not seen by the monitor'
+  again = RunDir(tmp_path / 'bisect')
+  result = bisect_lib.bisect(original_of(run_dir), again, (first, last), 'letters',
+                             bisect_lib.above())
+  assert result.found in result.changes and list(result.changes) == expected
+  for reading in result.readings:
+    assert reading.accuracy == pytest.approx(accuracy[reading.step], abs=1e-9)
+    assert reading.margin == pytest.approx(margin[reading.step], abs=1e-6)
+  saved = json.loads(again.bisection_json.read_text())
+  assert tuple(saved['found']) == result.found and saved['state'] == 'accuracy > 0.5'
+  documents = pd.read_parquet(again.documents_parquet)
+  assert set(documents['step']) == {result.found[1]}
+  assert all(kind.endswith('zed.txt') for kind in documents['kind'])  # After the planted switch.
+
+  # A threshold that the margin crosses several times: all changes are listed.
+  inside = margin[first:last + 1]
+  thresholds = [t for t in (inside[1:] + inside[:-1]) / 2 if len(changes_of(
+      list(enumerate(inside)), lambda x, t=t: x > t)) in (3, 5, 7)]
+  assert thresholds, 'the margin moves one way only, choose another run'
+  several = bisect_lib.bisect(original_of(run_dir), again, (first, last), 'copying',
+                              bisect_lib.above('margin', float(thresholds[0])))
+  expected = changes_of([(s, margin[s]) for s in range(first, last + 1)],
+                        lambda x: x > thresholds[0])
+  assert list(several.changes) == expected and several.found in several.changes
+  assert f'changes {len(expected)} times' in str(several)
+
+
+def test_swapping_a_window_with_itself_changes_nothing(runs, tmp_path):
+  run_dir, _ = runs
+  said, compared = counterfactual(
+      original_of(run_dir), RunDir(tmp_path / 'same'), [parse_edit('swap 40:44 40:44')], N_STEPS)
+  assert said == (f'equal to {run_dir.whole} bit for bit: 32 rows of metrics, 5 rows of held-out '
+                  'loss, 6 snapshots, 4 checkpoints, 6 tables of scores')
+  assert {row.name for row in compared} == {'loss', 'heldout_loss', 'copying'}
+  assert all(row.gap == 0 and row.largest[1] == 0 for row in compared)
+
+
+def test_swapping_windows_changes_what_follows_and_nothing_before(runs, tmp_path):
+  run_dir, _ = runs
+  again, edits = RunDir(tmp_path / 'swapped'), [parse_edit('swap 24:28 34:38')]
+  said, compared = counterfactual(original_of(run_dir), again, edits, 60)
+  assert said.startswith('equal to') and '4 rows of metrics' in said  # 21 to 24
+  then, now = ({row['step']: row for row in read_rows(run.metrics_jsonl)}
+               for run in (run_dir, again))
+  assert sorted(now) == list(range(21, 61))
+  assert all(now[step] == then[step] for step in range(21, 25))
+  assert all(now[step]['loss'] != then[step]['loss'] for step in range(25, 61))
+  assert all(now[step][name] == then[step][name] for step in now
+             for name in ('learning_rate', 'tokens'))
+  loss = next(row for row in compared if row.name == 'loss')
+  expected = np.mean([now[s]['loss'] - then[s]['loss'] for s in range(25, 61)])
+  assert loss.gap == pytest.approx(expected, rel=1e-9) and loss.after.sum() == 36
+  assert 'copying' in as_csv(compared)
+  write_comparison(again.comparison_png, compared, edits)
+  assert again.comparison_png.read_bytes()[:4] == b'\x89PNG'
+  # A replay of the counterfactual is fed the edited data, from its own checkpoints.
+  said = replay(open_original(str(again.whole)), RunDir(tmp_path / 'third'), (40, 42))
+  assert said.startswith('equal to') and '2 rows of metrics' in said
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda run, to: replay(run, to, (60, 100)), f'--steps=60:100: .* holds steps 0:{N_STEPS}'),
+    (lambda run, to: replay(run, RunDir(run.path / 'inside'), (10, 12)), 'outside it'),
+    (lambda run, to: replay(run, to, (10, 12), [('optimizer.peak_lr', '0.5')]),
+     'a replay keeps what the run is'),
+    (lambda run, to: replay(run, to, (10, 12), [('mesh.data', '16')]), 'needs 16 devices'),
+    (lambda run, to: bisect_lib.bisect(run, to, (30, 49), 'leters', bisect_lib.above()),
+     r'--dataset=leters: .* the nearest is letters \(all: letters\)'),
+    (lambda run, to: bisect_lib.bisect(run, to, (30, 90), 'letters', bisect_lib.above()),
+     f'--between=30:90: .* holds steps 0:{N_STEPS}'),
+    (lambda run, to: bisect_lib.bisect(run, to, (12, 18), 'letters', bisect_lib.above()),
+     'in the same state at both ends'),
+    (lambda run, to: counterfactual(run, to, [parse_edit('swap 10:14 20:23')], 60),
+     'the windows have 4 and 3 steps'),
+    (lambda run, to: counterfactual(run, to, [parse_edit('swap 10:14 12:16')], 60),
+     'overlap in steps 12:14'),
+    (lambda run, to: counterfactual(run, to, [parse_edit('reorder 70:80')], 60),
+     f'the run has steps 0:{N_STEPS}, not 70:80'),
+    (lambda run, to: counterfactual(run, to, [parse_edit('mask 10:14 zet.txt')], 60),
+     "no kind 'zet.txt' in this data; it has .*same.txt"),
+    (lambda run, to: counterfactual(run, to, [parse_edit('mask 10:64')], 60), 'but --until=60'),
+    (lambda run, to: counterfactual(run, to, [], 60), 'at least one --edit'),
+])
+def test_bad_input_is_one_sentence_before_anything_is_written(runs, tmp_path, call, words):
+  with pytest.raises(UserError, match=words) as error:
+    call(original_of(runs[0]), RunDir(tmp_path / 'to'))
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'to' / 'manifest.json').exists()
