@@ -1,4 +1,4 @@
-"""Full checkpoints through Orbax: parameters, optimizer, average, data position and RNG."""
+"""Full checkpoints through Orbax: parameters, optimizer, average, data position, RNG, guard."""
 
 import pathlib
 from typing import Any
@@ -51,7 +51,7 @@ class Checkpoints:
     loaded = self._checkpointer.load_checkpointables(step, {**_items(abstract), 'data': None})
     state = State(step=loaded['position']['step'], params=loaded['params'],
                   optimizer=loaded['optimizer'], ema=loaded.get('ema', {}),
-                  rng=loaded['position']['rng'])
+                  rng=loaded['position']['rng'], guard=loaded['guard'])
     return state, loaded['data']
 
   def restore_params(self, step: int, abstract: Any) -> Any:
@@ -70,5 +70,5 @@ class Checkpoints:
 
 def _items(state: State) -> dict[str, Any]:
   items = {'params': state.params, 'optimizer': state.optimizer,
-           'position': {'step': state.step, 'rng': state.rng}}
+           'position': {'step': state.step, 'rng': state.rng}, 'guard': state.guard}
   return {**items, 'ema': state.ema} if jax.tree.leaves(state.ema) else items

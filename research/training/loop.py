@@ -18,7 +18,7 @@ from research import build as build_lib
 from research import config as config_lib
 from research.config import ExperimentConfig
 from research.data.batches import Source, batches, heldout_batches, make_source
-from research.errors import UserError
+from research.errors import Stopped, UserError
 from research.evals.compression import COMPRESSORS
 from research.evals.heldout_text import score_heldout_text
 from research.monitors.encoding import encode_items
@@ -29,11 +29,13 @@ from research.run_dir import CACHE, RunDir, write_whole
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
 from research.training.checkpoints import Checkpoints
+from research.training.halt import Halt
 from research.training.join import join
 from research.training.logs import duration
 from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotWriter
 from research.training.start import find_parent, first_state
+from research.training.watchdog import Watchdog
 
 
 class _Inputs(NamedTuple):
@@ -70,6 +72,7 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
 
   Raises:
     UserError: bad input, a changed identity setting, a directory in use, a full disk.
+    Stopped: it was asked to stop, or too many steps in a row were skipped; it is saved.
   """
   try:
     mesh = make_mesh(config.mesh)
@@ -81,8 +84,9 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
       manifest_lib.check_resumable(finished, config, *hashes)
       print(f'finished already: {finished.report_html.resolve()}')
     else:
-      _train(config, run_dir, mesh, inputs)
-  except UserError:
+      with Halt() as halt, Watchdog(config.watchdog, run_dir) as watchdog:
+        _train(config, run_dir, mesh, inputs, halt, watchdog)
+  except (UserError, Stopped):
     raise
   except Exception as error:
     if _disk_full(error):
@@ -96,8 +100,8 @@ def train(config: ExperimentConfig, run_dir: RunDir) -> None:
     run_dir.unlock()
 
 
-def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
-           inputs: _Inputs) -> None:
+def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, inputs: _Inputs,
+           halt: Halt, watchdog: Watchdog) -> None:
   source = inputs.source
   checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
   restored = checkpoints.steps[-1] if checkpoints.steps else None
@@ -113,8 +117,8 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   kept = -1 if restored is None else first  # What was written after this step is written again.
   _describe(run_dir, config, built, manifest)
 
-  recorder = Recorder(config, run_dir, first=first, kept=kept, tokens=position['tokens'],
-                      n_devices=mesh.size)
+  recorder = Recorder(config, run_dir, source, watchdog, first=first, kept=kept,
+                      tokens=position['tokens'], n_devices=mesh.size)
   manifest['peak'] = recorder.peak
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
@@ -123,8 +127,11 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
       source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
   train_step, eval_step = built.train_step(), built.eval_step()
 
-  def observe(step: int, state) -> None:
-    """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint."""
+  def observe(step: int, state, halting: bool = False) -> None:
+    """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint.
+
+    A run that halts here is saved, whatever is due.
+    """
     if _due(step, config.checkpoints.snapshot_every, config):
       with recorder.phase('save'):
         stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
@@ -134,7 +141,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
     if heldout and _due(step, config.evals.every, config):
       with recorder.phase('eval'):
         recorder.heldout({'step': step, **_heldout_loss(eval_step, state.params, heldout)})
-    if step and _due(step, config.checkpoints.every, config):
+    if step and (halting or _due(step, config.checkpoints.every, config)):
       with recorder.phase('save'):
         snapshots.wait()
         recorder.sync()
@@ -144,7 +151,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   if restored is None:
     observe(0, state)
   stream = batches(source, config.data.batch_size, first, built.local_rows(), prefetch=4)
-  dispatched = None
+  dispatched, halting = None, False
   for step in range(first + 1, config.n_steps + 1):
     with recorder.phase('data'):
       batch = built.place_batch(next(stream))
@@ -152,14 +159,23 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
     if dispatched:  # The row of a step is written while the next one is computed.
       recorder.step(*dispatched, watch.n_swings)
     dispatched = (step, metrics)
-    if any(_due(step, every, config) for every in _cadences(config)):
+    halting = step < config.n_steps and (halt.reached(step) or recorder.skipped.too_many)
+    if halting or any(_due(step, every, config) for every in _cadences(config)):
       recorder.step(*dispatched, watch.n_swings)
       dispatched = None
-      observe(step, state)
+      observe(step, state, halting)
+    if halting:
+      break
 
+  watchdog.at('save')
   snapshots.close()
   checkpoints.close()
   recorder.close()
+  if halting:
+    too_many = recorder.skipped.too_many
+    raise recorder.skipped.stopped(step) if too_many else halt.stopped(
+        step, config.n_steps, run_dir.path)
+  watchdog.at('report')
   if _has_heldout_text(config):
     _score_heldout_text(config, run_dir, source, built, eval_step, state.params)
   _finish(run_dir, config, manifest, time.perf_counter() - recorder.began)
