@@ -71,8 +71,8 @@ class GuardConfig:
                      'which a step is skipped; 0 skips none that is finite'] = 40.0
   window: A[int, 'accepted steps that tell what is usual; before there are so many none is a '
             'spike'] = 64
-  stop_after: A[int, 'skipped steps in a row that stop the run; 0 never stops it',
-                'placement'] = 20
+  stop_after: A[int, 'skipped steps in a row that stop the run, by when one more is under '
+                'way; 0 never stops it', 'placement'] = 20
 
   def __post_init__(self):
     if not (math.isfinite(self.spike_threshold) and self.spike_threshold >= 0):

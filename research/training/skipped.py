@@ -58,11 +58,9 @@ class Skipped:
     last = self._last
     return Stopped(
         f'{last["in_a_row"]} steps in a row were skipped up to step {last["step"]} (loss '
-        f'{last["loss"]:g}, gradient norm {last["grad_norm"]:g}; usual loss '
-        f'{last["usual_loss"]}), see {self._path}; the run is saved at step {step}: to go on '
-        'skipping, repeat the command with --config.guards.stop_after=0 or a larger number; to '
-        'train otherwise from an earlier checkpoint, begin a run with --config.start.run_dir',
-        DIVERGED)
+        f'{last["loss"]:g}, gradient norm {last["grad_norm"]:g}), see {self._path}; saved at step '
+        f'{step}: to go on skipping, repeat the command with --config.guards.stop_after=0; to train '
+        'otherwise from here, begin a run with --config.start.run_dir', DIVERGED)
 
   def sync(self) -> None:
     """Brings all lines to the disk."""
