@@ -4,6 +4,7 @@ import difflib
 import importlib
 import logging as stdlib_logging
 import pkgutil
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from parallelism import distributed
 from parallelism.topologies import quiet_plugins
 from research import overrides as overrides_lib
 from research.config import ExperimentConfig, settings
-from research.errors import UserError
+from research.errors import Stopped, UserError
 
 _overrides: list[tuple[str, str]] = []
 
@@ -148,6 +149,11 @@ def run(main: Callable[[], Any]) -> None:
     except UserError as error:
       distributed.fail(str(error), 2)
       fail(error)
+    except Stopped as stop:
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)  # All is saved; a second one has no say.
+      distributed.finish()
+      print(stop, file=sys.stderr)
+      sys.exit(stop.exit_code)
     except KeyboardInterrupt:
       distributed.fail('interrupted', 130)
       print('\ninterrupted; repeat the command to resume', file=sys.stderr)

@@ -4,10 +4,15 @@
   python -m launchers.pretrain --experiment=text --config.data.text.paths=a.txt,b.jsonl.zst
   python -m launchers.pretrain --experiment=quickstart --config.seed=1 --run_dir=runs/seed1
 
-Repeating a command resumes an interrupted run; a finished one prints where its report is.
+Repeating a command resumes an interrupted run; a finished one prints where its report is. SIGTERM
+and Ctrl-C finish the step, save and end with code 85 (a second Ctrl-C leaves at once, with 130);
+too many skipped steps in a row (--config.guards.stop_after) save and end it with code 3, bad input
+with code 2 and nothing written. A watchdog names what hangs; with --config.watchdog.abort it ends
+the process with code 75.
 On several hosts start the same command on each: --coordinator=auto on Cloud TPU and SLURM, else
 --coordinator=host:port --n_processes=N --process_id=I. When one process fails, all end (code 75
-where another one is the cause); the same command on all resumes.
+where another one is the cause), when one gets SIGTERM, all stop at the same step; the same command
+on all resumes.
 """
 
 import pathlib

@@ -80,6 +80,12 @@ def finish() -> None:
     roll.part()
 
 
+def tell(sentence: str) -> None:
+  """Has process 0 print what another one has to say; for process 0 itself it does nothing."""
+  for roll in _rolls:
+    roll.tell(sentence)
+
+
 def fail(sentence: str, exit_code: int) -> None:
   """Tells the other processes, if any, why this one ends, so that they end too.
 

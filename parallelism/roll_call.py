@@ -108,6 +108,11 @@ class Roll:
       for process in range(1, self._place.n_processes):
         self._lines[process].send(done=True)
 
+  def tell(self, sentence: str) -> None:
+    """Has process 0 print a sentence of another process, so that all stand in one place."""
+    if self._place.process:
+      self._out.send(says=sentence)
+
   def fail(self, sentence: str) -> None:
     """Tells the others why this process ends; returns if its own failure is the cause.
 
@@ -151,6 +156,8 @@ class Roll:
       return False
     if 'end' in message:
       self._end(message['end'])
+    elif 'says' in message:
+      print(message['says'], file=sys.stderr, flush=True)
     elif 'failed' in message:
       self._failures[process] = message['failed']
     else:

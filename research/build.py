@@ -46,7 +46,7 @@ from parallelism.spread import OverTensor
 from parallelism.storage import STAGE, Storage, over_devices, specs
 from parallelism.zigzag import zigzag_order
 from research.config import ExperimentConfig
-from research.training import divisions, totals
+from research.training import divisions, guards, totals
 from research.training import step as step_lib
 from research.training.config import OptimizerConfig
 from research.training.optimizers import make_optimizer, schedule
@@ -243,7 +243,8 @@ def fresh_state(config: ExperimentConfig, optimizer) -> step_lib.State:
   params = transformer.init(config.model, config.seed)
   ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
   return step_lib.State(step=jnp.int32(0), params=params, optimizer=optimizer.init(params),
-                        ema=ema, rng=jax.random.key_data(jax.random.key(config.seed)))
+                        ema=ema, rng=jax.random.key_data(jax.random.key(config.seed)),
+                        guard=guards.fresh(config.guards))
 
 
 def state_facts(model: ModelConfig, optimizer: OptimizerConfig
@@ -357,6 +358,7 @@ def build(config: ExperimentConfig, mesh: Mesh, numerics: dict[str, Any]) -> Bui
   whole = sharding.replicated(mesh)
   shardings = step_lib.State(
       step=whole, params=params, rng=whole, ema=params if shapes.ema else {},
+      guard=jax.tree.map(lambda _: whole, shapes.guard),
       optimizer=sharding.like_parameters(mesh, shapes.optimizer, shapes.params, params))
   abstract = jax.tree.map(
       lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

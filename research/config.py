@@ -14,9 +14,11 @@ from research.training.config import (
     CheckpointConfig,
     ComputeConfig,
     EvalConfig,
+    GuardConfig,
     LoggingConfig,
     OptimizerConfig,
     StartConfig,
+    WatchdogConfig,
 )
 
 
@@ -42,6 +44,7 @@ class ExperimentConfig:
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  guards: GuardConfig = GuardConfig()
   start: StartConfig = StartConfig()
   compute: ComputeConfig = ComputeConfig()
   mesh: MeshConfig = MeshConfig()
@@ -50,6 +53,7 @@ class ExperimentConfig:
   monitors: MonitorConfig = MonitorConfig()
   evals: EvalConfig = EvalConfig()
   logging: LoggingConfig = LoggingConfig()
+  watchdog: WatchdogConfig = WatchdogConfig()
 
   def __post_init__(self):
     if self.n_steps < 1:

@@ -29,6 +29,8 @@ class RunDir:
     self.metrics_jsonl = self.path / 'metrics.jsonl'
     self.evals_jsonl = self.path / 'evals.jsonl'
     self.timings_jsonl = self.path / 'timings.jsonl'
+    self.skipped_jsonl = self.path / 'skipped.jsonl'
+    self.stacks_txt = self.path / 'stacks.txt'
     self.tensorboard = self.path / 'tensorboard'
     self.heldout_text_json = self.path / 'heldout_text.json'
     self.checkpoints = self.whole / 'checkpoints'

@@ -1,4 +1,4 @@
-"""Full checkpoints through Orbax: parameters, optimizer, average, data position and RNG.
+"""Full checkpoints through Orbax: parameters, optimizer, average, data position, RNG, guard.
 
 Each carries the hashes of its tensors (`research.training.provenance`), checked when it is read.
 """
@@ -79,7 +79,7 @@ class Checkpoints:
     loaded = self._load(step, {**items(abstract), 'data': None})
     state = State(step=loaded['position']['step'], params=loaded['params'],
                   optimizer=loaded['optimizer'], ema=loaded.get('ema', {}),
-                  rng=loaded['position']['rng'])
+                  rng=loaded['position']['rng'], guard=loaded['guard'])
     return state, loaded['data']
 
   def restore_params(self, step: int, abstract: Any) -> Any:
@@ -159,5 +159,5 @@ def _damage(path: pathlib.Path, step: int, error: Exception) -> str | None:
 def items(state: State) -> dict[str, Any]:
   """Returns the trees of arrays that a checkpoint stores, by item."""
   trees = {'params': state.params, 'optimizer': state.optimizer,
-           'position': {'step': state.step, 'rng': state.rng}}
+           'position': {'step': state.step, 'rng': state.rng}, 'guard': state.guard}
   return {**trees, 'ema': state.ema} if jax.tree.leaves(state.ema) else trees

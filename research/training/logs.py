@@ -7,8 +7,6 @@ import sys
 import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from research.run_dir import write_whole
 
 
@@ -59,6 +57,7 @@ class TensorBoard:
   """Scalars for TensorBoard; rows after `last_step` of an earlier start are purged."""
 
   def __init__(self, path: pathlib.Path, last_step: int):
+    from tensorboardX import SummaryWriter  # Imports PyTorch where that is installed: seconds.
     self._writer = SummaryWriter(str(path), purge_step=last_step + 1)
 
   def write(self, group: str, row: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
-import numpy as np
 
 from models.attention import choose_attention, hardware
 from models.dispatch import choose_product
@@ -17,8 +16,8 @@ from parallelism.sharding import path_name
 from research import build as build_lib
 from research import config as config_lib
 from research.config import ExperimentConfig
-from research.data.batches import Source, batches, heldout_batches, make_source
-from research.errors import UserError
+from research.data.batches import Source, batches, make_source
+from research.errors import Stopped, UserError
 from research.evals.compression import COMPRESSORS
 from research.evals.heldout_text import score_heldout_text
 from research.monitors.encoding import encode_items
@@ -26,17 +25,17 @@ from research.monitors.items import MonitorItem
 from research.monitors.watch import Watch, suite_items
 from research.reports.report import build_report
 from research.run_dir import CACHE, RunDir, write_whole
-from research.training import hashes
 from research.training import manifest as manifest_lib
-from research.training import snapshots as snapshots_lib
-from research.training.checkpoints import Checkpoints, items
+from research.training.checkpoints import Checkpoints
+from research.training.halt import Halt
 from research.training.join import join
 from research.training.logs import duration
+from research.training.observation import Observation
 from research.training.provenance import Chain, Window
 from research.training.recorder import Recorder
-from research.training.snapshots import SnapshotWriter
 from research.training.span import Span
 from research.training.start import parent_facts
+from research.training.watchdog import Watchdog
 
 
 class _Inputs(NamedTuple):
@@ -77,6 +76,7 @@ def train(config: ExperimentConfig, run_dir: RunDir, span: Span | None = None) -
 
   Raises:
     UserError: bad input, a changed identity setting, a directory in use, a full disk.
+    Stopped: it was asked to stop, or too many steps in a row were skipped; it is saved.
   """
   span = span or Span(config)
   try:
@@ -89,8 +89,9 @@ def train(config: ExperimentConfig, run_dir: RunDir, span: Span | None = None) -
       manifest_lib.check_resumable(finished, config, *hashes, span.replay)
       print(f'finished already: {finished.report_html.resolve()}')
     else:
-      _train(config, run_dir, mesh, inputs, span)
-  except UserError:
+      with Halt() as halt, Watchdog(config.watchdog, run_dir) as watchdog:
+        _train(config, run_dir, mesh, inputs, span, halt, watchdog)
+  except (UserError, Stopped):
     raise
   except Exception as error:
     if _disk_full(error):
@@ -104,8 +105,8 @@ def train(config: ExperimentConfig, run_dir: RunDir, span: Span | None = None) -
     run_dir.unlock()
 
 
-def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
-           inputs: _Inputs, span: Span) -> None:
+def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, inputs: _Inputs,
+           span: Span, halt: Halt, watchdog: Watchdog) -> None:
   source = inputs.source
   checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
   restored = checkpoints.steps[-1] if checkpoints.steps else None
@@ -123,84 +124,45 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
   kept = -1 if restored is None else first  # What was written after this step is written again.
   _describe(run_dir, config, built, manifest)
 
-  recorder = Recorder(config, run_dir, span, first=first, kept=kept, tokens=position['tokens'],
-                      n_devices=mesh.size)
-  observers = span.observers(run_dir, kept)
+  recorder = Recorder(config, run_dir, span, source, watchdog, first=first, kept=kept,
+                      tokens=position['tokens'], n_devices=mesh.size)
   manifest['peak'] = recorder.peak
-  snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
-                             kept)
   chain = Chain(config, manifest['hashes'], parent_facts(checkpoints, restored, manifest['parent']),
                 Window(first, built.local_rows(), built.owned_rows()))
   watch = Watch(config, inputs.items, source.tokenizer, source.start_id, built, run_dir, kept)
-  heldout = [built.place_batch(batch) for batch in heldout_batches(
-      source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
-  train_step, eval_step = built.train_step(), built.eval_step()
-
-  def observe(step: int, state) -> None:
-    """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint."""
-    if step >= span.observed_from and span.due(step, config.checkpoints.snapshot_every):
-      stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
-      with recorder.phase('hash'):
-        tensors = hashes.digests(stored)
-      with recorder.phase('save'):
-        snapshots.write(step, stored, tensors)
-        observers.snapshot(step, stored)
-      with recorder.phase('monitor'):
-        recorder.monitors(step, watch.score(step, stored))
-        observers.scores(step)
-    if heldout and span.due(step, config.evals.every):
-      with recorder.phase('eval'):
-        row = {'step': step, **_heldout_loss(eval_step, state.params, heldout)}
-        recorder.heldout(row)
-        observers.row('evals', row)
-    if step > span.first and span.due(step, config.checkpoints.every):
-      reached = {'step': step, 'tokens': recorder.tokens}
-      with recorder.phase('hash'):
-        proof = chain.record(step, hashes.digests(items(state)), reached)
-      with recorder.phase('save'):
-        snapshots.wait()
-        recorder.sync()
-        observers.checkpoint(step, state)
-        checkpoints.save(step, state, reached, proof)
-
-  def record(step: int, metrics) -> None:
-    observers.row('metrics', recorder.step(step, metrics, watch.n_swings))
-
+  observation = Observation(config, run_dir, span, built, source, recorder, watch, checkpoints,
+                            chain, kept)
   if restored is None:
-    observe(first, state)
+    observation.state(first, state)
   stream = batches(inputs.trained_on, config.data.batch_size, first, built.local_rows(),
                    prefetch=4)
-  dispatched = None
+  train_step, halting = built.train_step(), False
   for step in range(first + 1, span.last + 1):
     with recorder.phase('data'):
       local = next(stream)
       batch = built.place_batch(local)
-    with recorder.phase('hash'):
-      chain.window.add(step, local)
     state, metrics = train_step(state, batch)
-    if dispatched:  # The row of a step is written while the next one is computed.
-      record(*dispatched)
-    dispatched = (step, metrics)
-    if any(span.due(step, every) for every in _cadences(config)):
-      record(*dispatched)
-      dispatched = None
-      observe(step, state)
+    observation.step(step, metrics, local)
+    halting = step < span.last and (halt.reached(step) or recorder.skipped.too_many)
+    if halting or observation.due(step):
+      observation.state(step, state, halting)
+    if halting:
+      break
 
-  snapshots.close()
-  checkpoints.close()
-  recorder.close()
-  observers.close()
+  watchdog.at('save')
+  observation.close()
+  if halting:
+    too_many = recorder.skipped.too_many
+    raise recorder.skipped.stopped(step) if too_many else halt.stopped(
+        step, span.last, run_dir.path)
+  watchdog.at('report')
   if _has_heldout_text(config) and span.last == config.n_steps:
-    _score_heldout_text(config, run_dir, source, built, eval_step, state.params)
+    _score_heldout_text(config, run_dir, source, built, state.params)
   _finish(run_dir, config, manifest, time.perf_counter() - recorder.began, span)
 
 
 def _has_heldout_text(config: ExperimentConfig) -> bool:
   return config.data.kind == 'text' and config.data.text.heldout_fraction > 0
-
-
-def _cadences(config: ExperimentConfig) -> tuple[int, ...]:
-  return config.checkpoints.snapshot_every, config.checkpoints.every, config.evals.every
 
 
 def _check_vocabulary(config: ExperimentConfig, tokenizer) -> None:
@@ -268,15 +230,9 @@ def _describe(run_dir, config, built, manifest) -> None:
     print(f'experts: {used} ({reason if used == chosen else "as at the first start"})', flush=True)
 
 
-def _heldout_loss(eval_step, params, heldout) -> dict[str, float]:
-  nats = sum(float(np.asarray(eval_step(params, batch)).sum(dtype=np.float64)) for batch in heldout)
-  tokens = sum(float(batch['loss_mask'].sum()) for batch in heldout)
-  return {'heldout_loss': nats / tokens, 'heldout_tokens': tokens}
-
-
-def _score_heldout_text(config, run_dir, source, built, eval_step, params) -> None:
+def _score_heldout_text(config, run_dir, source, built, params) -> None:
   """Scores every held-out byte once and says bits per byte beside compressors."""
-  mine = built.local_rows()
+  mine, eval_step = built.local_rows(), built.eval_step()
   scored = score_heldout_text(config, source, lambda batch: eval_step(params, built.place_batch(
       {name: x_BL[mine] for name, x_BL in batch.items()})))
   write_whole(run_dir.heldout_text_json, json.dumps(scored, indent=2) + '\n')

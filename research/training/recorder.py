@@ -10,10 +10,14 @@ import jax
 from models.counting import flops_per_token
 from parallelism import hardware
 from research.config import ExperimentConfig
+from research.data.batches import Source
 from research.errors import UserError
 from research.run_dir import RunDir
+from research.training.guards import JUDGED_BY
 from research.training.logs import JsonLines, Progress, TensorBoard, read_rows
+from research.training.skipped import Skipped
 from research.training.span import Span
+from research.training.watchdog import Watchdog
 
 
 class Recorder:
@@ -21,18 +25,21 @@ class Recorder:
 
   Attributes:
     tokens: loss-bearing tokens consumed so far.
+    skipped: the record of steps that changed nothing.
     began: clock at the start of this process's work.
     peak: the matmul rate that MFU is a share of, and where the figure is from.
   """
 
-  def __init__(self, config: ExperimentConfig, run_dir: RunDir, span: Span, *, first: int,
-               kept: int, tokens: int, n_devices: int):
+  def __init__(self, config: ExperimentConfig, run_dir: RunDir, span: Span, source: Source,
+               watchdog: Watchdog, *, first: int, kept: int, tokens: int, n_devices: int):
     """Opens the logs and drops their rows after step `kept`.
 
     Args:
       config: the experiment.
       run_dir: where its logs are.
       span: the steps that the directory holds.
+      source: of the data, to say which were skipped.
+      watchdog: learns which phase the run is in.
       first: the step from which this process goes on.
       kept: the last step whose rows stay; -1 for none.
       tokens: loss-bearing tokens consumed up to `first`.
@@ -47,7 +54,10 @@ class Recorder:
     steps = [row['step'] for row in read_rows(run_dir.metrics_jsonl)]
     if steps != list(range(span.first + 1, first + 1)):
       raise UserError(f'{run_dir.metrics_jsonl} must hold one row for each of the steps '
-                      f'{span.first + 1} to {first} that the run resumes from; it holds {len(steps)} rows')
+                      f'{span.first + 1} to {first} that the run resumes from; it holds '
+                      f'{len(steps)} rows')
+    self.skipped = Skipped(config, run_dir, source, kept)
+    self._watchdog = watchdog
     self._evals = JsonLines(run_dir.evals_jsonl, kept)
     self._timings = JsonLines(run_dir.timings_jsonl, kept)
     self._board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
@@ -62,13 +72,17 @@ class Recorder:
     What is done after a step thus stands in the row of the step that follows it.
     """
     start = time.perf_counter()
+    self._watchdog.at(name)
     yield
+    self._watchdog.at('step')
     key = f'{name}_seconds'
     self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - start
 
   def step(self, step: int, metrics: dict[str, jax.Array], n_hops: int) -> dict[str, Any]:
     """Writes the rows of a step that has been dispatched; waits for it, returns its metrics."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    judged_by = {name: values.pop(name) for name in JUDGED_BY}
+    self._watchdog.at('step', step)
     self.tokens += int(values.pop('batch_tokens'))
     row = {'step': step, 'tokens': self.tokens, **values}
     seconds, phases = self._time_step()
@@ -76,6 +90,7 @@ class Recorder:
     timing = {'step': step, 'seconds': seconds, 'tokens_per_second': rate,
               'mfu': rate * self._flops_share, **phases}
     self._metrics.append(row)
+    self.skipped.note(row, judged_by)
     self._timings.append(timing)
     self._to_board('train', row)
     self._to_board('timing', timing)
@@ -93,14 +108,14 @@ class Recorder:
 
   def sync(self) -> None:
     """Brings all rows to the disk, so that none is missing before a checkpoint that follows."""
-    for log in (self._metrics, self._evals, self._timings):
+    for log in (self._metrics, self._evals, self._timings, self.skipped):
       log.sync()
     if self._board:
       self._board.flush()
 
   def close(self) -> None:
     """Flushes and closes all logs."""
-    for log in (self._metrics, self._evals, self._timings, self._board):
+    for log in (self._metrics, self._evals, self._timings, self.skipped, self._board):
       if log:
         log.close()
 

@@ -13,6 +13,7 @@ import optax
 
 from models import transformer
 from models.loss import cross_entropy, token_log_probs
+from research.training import guards
 
 Batch = dict[str, jax.Array]
 ENDS = ('embedding', 'final_norm')  # parameters outside the blocks
@@ -23,7 +24,8 @@ METRIC_SUMS = ('nll', 'z_loss', 'correct', 'router', *LOADS)
 class State(NamedTuple):
   """All that an update reads and writes; every leaf is an array.
 
-  `ema` is an empty dict when no average is kept. `step` counts batches consumed, int32.
+  `ema` is an empty dict when no average is kept. `step` counts batches consumed, int32. `guard`
+  is what the guards know of earlier steps.
   """
 
   step: jax.Array
@@ -31,6 +33,7 @@ class State(NamedTuple):
   optimizer: Any
   ema: Any
   rng: jax.Array
+  guard: guards.GuardState
 
 
 class Totals(NamedTuple):
@@ -126,8 +129,10 @@ def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransfo
                     learning_rate: optax.Schedule) -> Callable:
   """Returns step(state, batch) -> (state, metrics); jit it with the state donated.
 
-  Metrics are float32 scalars. A non-finite loss or gradient leaves parameters, moments and
-  average as they were and sets `skipped`; the step and the key move on.
+  Metrics are float32 scalars. A non-finite loss or gradient, or a spike of either, leaves parameters,
+  moments and average as they were and sets `skipped`; the step, with it the learning rate's
+  schedule and the place in the data, and the key move on. So the steps after it see the same
+  batches, learning rates and keys as if it had been taken.
 
   Args:
     config: the experiment.
@@ -144,19 +149,21 @@ def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransfo
     grad_norm = optax.tree.norm(grads)
     lr = learning_rate(state.step)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(lr)
+    accept, guard, judged_by = guards.judge(config.guards, state.guard, loss, grad_norm, finite)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + lr * u.astype(p.dtype), state.params, updates)
     ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema,
                        params if state.ema else {})
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
     new = State(state.step + 1, keep(params, state.params), keep(moments, state.optimizer),
-                keep(ema, state.ema), jax.random.key_data(carry))
+                keep(ema, state.ema), jax.random.key_data(carry), guard)
     metrics = {
         'loss': loss, 'cross_entropy': sums['nll'] / n_tokens,
         'z_loss': sums['z_loss'] / n_tokens, 'router_loss': sums['router'],
         'accuracy': sums['correct'] / n_tokens, 'grad_norm': grad_norm,
         'param_norm': optax.tree.norm(new.params), 'learning_rate': lr,
-        'batch_tokens': batch['loss_mask'].sum(), 'skipped': 1.0 - finite.astype(jnp.float32)}
+        'batch_tokens': batch['loss_mask'].sum(), 'skipped': 1.0 - accept.astype(jnp.float32),
+        'skipped_total': guard.skipped.astype(jnp.float32), **judged_by}
     if config.model.moe.n_experts:
       metrics |= {f'expert_{name}': sums[name] for name in LOADS}
     return new, metrics

@@ -210,6 +210,7 @@ def test_turns_time_every_step_of_those_that_can():
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
     ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
+    ('kill_storm', ['--kills=0'], 'kills'),
     ('attention', ['--contenders=cudnn'], '--contenders=cudnn is not one of unrolled, blockwise'),
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),
     ('attention', ['--heads=4', '--key_heads=3'], '--heads=4 is not a multiple of --key_heads=3'),
@@ -230,7 +231,7 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
     ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
     ('decode', '--rounds'), ('compile_attention_gpu', '--features'),
     ('compile_attention', '--cases'), ('tune_attention', '--blocks'),
-    ('step_schedules', '--precision'), ('grouped_matmul', '--experts')])
+    ('step_schedules', '--precision'), ('grouped_matmul', '--experts'), ('kill_storm', '--kills')])
 def test_help_teaches(module, flag):
   ended = bench(module, '--help')
   assert ended.returncode == 0
