@@ -81,7 +81,8 @@ def parent_facts(checkpoints: Checkpoints, restored: int | None, parent: dict[st
   if parent is None:
     return None
   theirs = Checkpoints(RunDir(parent['run_dir']).checkpoints)
-  hashed = theirs.record(parent['step']).get('hash', '')
+  known = parent['step'] in theirs.steps  # A replay may begin from a run's initialization.
+  hashed = theirs.record(parent['step']).get('hash', '') if known else ''
   theirs.close()
   return {**parent, 'hash': hashed}
 
