@@ -70,6 +70,11 @@ def override_arguments() -> list[str]:
   return [f'--config.{path}={text}' for path, text in _overrides]
 
 
+def overrides() -> list[tuple[str, str]]:
+  """Returns path and text of the --config.* arguments of the command line."""
+  return list(_overrides)
+
+
 def config_from_flags(name: str) -> ExperimentConfig:
   """Returns the experiment with the --config.* overrides of the command line applied."""
   try:
