@@ -55,6 +55,11 @@ class Checkpoints:
     self._saving = step, self._checkpointer.save_checkpointables_async(
         step, {**items(state), 'data': position}, custom_metadata=record)
 
+  def save_params(self, step: int, params: Any, facts: dict[str, str]) -> None:
+    """Saves a checkpoint that has parameters only, to start other runs from, and waits for it."""
+    self.wait()
+    self._checkpointer.save_checkpointables(step, {'params': params}, custom_metadata=facts)
+
   def wait(self) -> None:
     """Waits for the save under way and lists its files; raises what it raised."""
     saving, self._saving = self._saving, None

@@ -35,6 +35,9 @@ def find_parent(config: ExperimentConfig, tokenizer: Tokenizer) -> dict[str, Any
   if manifest['hashes']['tokenizer'] != tokenizer.hash:
     raise UserError(f'start.run_dir={config.start.run_dir} was trained with another tokenizer '
                     f'({manifest["hashes"]["tokenizer"][:12]}, here {tokenizer.hash[:12]})')
+  if config.start.optimizer and 'imported' in manifest:
+    raise UserError(f'start.optimizer: {config.start.run_dir} was imported from '
+                    f'{manifest["imported"]["source"]}, which has no optimizer state')
   _check_shapes(config, config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8')))
   steps = _steps(run_dir)
   step = steps[-1] if steps and config.start.step == -1 else config.start.step

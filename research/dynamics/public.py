@@ -1,0 +1,126 @@
+"""Public series: the revisions of one model, as parameters of ours, read lazily."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from models.config import ModelConfig
+from models.interop.checkpoint import HfCheckpoint
+from models.interop.configs import model_config
+from models.interop.files import CONFIG, read_json
+from models.interop.layout import Box
+from research.data import tokenizers
+from research.data.tokenizers import Tokenizer
+from research.dynamics.revisions import Revision, chosen, place_of
+from research.errors import UserError
+from research.training.streaming import place_streamed
+
+TOKENIZER = ('tokenizer.json', 'tokenizer_config.json')
+
+
+def open_checkpoint(folder: pathlib.Path) -> HfCheckpoint:
+  """Returns the checkpoint of a folder; raises UserError for one that cannot be used."""
+  try:
+    return HfCheckpoint(folder)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+def open_tokenizer(folder: pathlib.Path, config: ModelConfig) -> Tokenizer:
+  """Returns the tokenizer beside a checkpoint.
+
+  Raises:
+    UserError: there is none, or it has more tokens than the model has rows.
+  """
+  if not (folder / TOKENIZER[0]).is_file():
+    raise UserError(f'{folder} has no tokenizer.json')
+  tokenizer = tokenizers.load(folder / TOKENIZER[0])
+  if tokenizer.vocab_size > config.vocab_size:
+    raise UserError(f'{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model only '
+                    f'vocab_size={config.vocab_size}; they do not belong together')
+  return tokenizer
+
+
+class PublicSeries:
+  """The revisions of one public model in order of stage and step.
+
+  Attributes:
+    location: folder or repository.
+    revisions: name, stage, step and tokens of each.
+  """
+
+  def __init__(self, location: str, pattern: str = '*step*'):
+    """Lists the revisions whose names match a pattern of the shell; fetches no weights.
+
+    Raises:
+      UserError: the location is neither a folder nor a repository, or nothing matches.
+    """
+    self.location = location
+    self._place = place_of(location)
+    self.revisions: list[Revision] = chosen(self._place.names(), pattern, location)
+    self._by_name = {revision.name: revision for revision in self.revisions}
+    self._open: dict[str, HfCheckpoint] = {}
+
+  @property
+  def names(self) -> list[str]:
+    """Names of the revisions."""
+    return [revision.name for revision in self.revisions]
+
+  @property
+  def steps(self) -> list[int]:
+    """Optimizer steps of the revisions, counted anew in every stage."""
+    return [revision.step for revision in self.revisions]
+
+  @property
+  def tokens(self) -> list[int | None]:
+    """Tokens seen, None where a name does not say."""
+    return [revision.tokens for revision in self.revisions]
+
+  def config(self, name: str) -> ModelConfig:
+    """Returns the model of a revision; fetches no weights."""
+    folder = self._folder(name, (CONFIG,))
+    try:
+      return model_config(read_json(folder / CONFIG))
+    except ValueError as error:
+      raise UserError(f'{self.location}, revision {name}: {error}') from error
+
+  def tokenizer(self, name: str) -> Tokenizer:
+    """Returns the tokenizer of a revision; fetches no weights."""
+    return open_tokenizer(self._folder(name, (CONFIG, *TOKENIZER)), self.config(name))
+
+  def checkpoint(self, name: str) -> HfCheckpoint:
+    """Returns a revision's files, fetched if need be and checked against its config.json."""
+    if name not in self._open:
+      self._open[name] = open_checkpoint(self._folder(name))
+    return self._open[name]
+
+  def params(self, name: str, abstract: Any,
+             progress: Callable[[str], None] = lambda name: None) -> Any:
+    """Returns the parameters of a revision laid out like `abstract`, a tree of ShapeDtypeStruct."""
+    return place_streamed(self.checkpoint(name).read, abstract, progress)
+
+  def leaf(self, name: str, leaf: str, box: Box | None = None) -> np.ndarray:
+    """Returns a box of one parameter in the file's dtype; only its slices are read.
+
+    Args:
+      name: of the revision.
+      leaf: dotted name, such as blocks.attention.q.
+      box: start and stop along each axis; None is all of it.
+    """
+    checkpoint = self.checkpoint(name)
+    if leaf not in checkpoint.rows:
+      raise UserError(f'{self.location}, revision {name} has no parameter {leaf}; it has '
+                      f'{", ".join(checkpoint.rows)}')
+    return checkpoint.read(leaf, box)
+
+  def close(self, name: str) -> None:
+    """Lets go of a revision's open files."""
+    self._open.pop(name, None)
+
+  def _folder(self, name: str, *files) -> pathlib.Path:
+    if name not in self._by_name:
+      raise UserError(f'{self.location} has no revision {name} in this series; it has '
+                      f'{", ".join(self.names[:5])}{"..." if len(self.names) > 5 else ""}')
+    return self._place.folder(name, *files)

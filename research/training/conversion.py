@@ -1,0 +1,256 @@
+"""Public checkpoints as run directories, and runs as checkpoints that transformers loads."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from models import transformer
+from models.config import ModelConfig
+from models.interop.checkpoint import HfCheckpoint, exported, leaf_shapes
+from models.interop.files import CONFIG, write_folder
+from parallelism.mesh import make_mesh
+from research import build as build_lib
+from research import config as config_lib
+from research import overrides as overrides_lib
+from research.config import ExperimentConfig
+from research.data import tokenizers
+from research.data.tokenizers import Tokenizer
+from research.dynamics.public import TOKENIZER, open_checkpoint, open_tokenizer
+from research.dynamics.revisions import FILES, Repository, parse, place_of
+from research.errors import UserError
+from research.monitors.encoding import encode_items
+from research.monitors.items import MonitorItem
+from research.monitors.watch import Watch, suite_items
+from research.run_dir import RunDir, write_whole
+from research.training import manifest as manifest_lib
+from research.training import snapshots as snapshots_lib
+from research.training.checkpoints import Checkpoints
+from research.training.logs import duration
+from research.training.snapshots import SnapshotReader, SnapshotWriter
+from research.training.streaming import place_streamed
+
+DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+LONGEST_ROW = 2048  # tokens per row in the config of an imported run
+
+
+class Source(NamedTuple):
+  """A public checkpoint in a folder, and what it is called."""
+
+  folder: pathlib.Path
+  name: str
+  step: int
+
+
+def find_source(location: str, revision: str = '') -> Source:
+  """Returns the checkpoint of a location, fetched if need be.
+
+  Args:
+    location: a folder with a config.json, a folder of such revisions, or a repository.
+    revision: which; a repository's default is main.
+
+  Raises:
+    UserError: there is no such checkpoint.
+  """
+  path = pathlib.Path(location).expanduser()
+  if (path / CONFIG).is_file():
+    if revision:
+      raise UserError(f'--revision={revision}: {location} is one checkpoint, it has a {CONFIG}')
+    return Source(path, location, _step(path.name))
+  place = place_of(location)
+  if isinstance(place, Repository):
+    revision = revision or 'main'
+  elif revision not in place.names():
+    raise UserError(f'--revision={revision!r}: {location} has {", ".join(place.names()) or "none"}')
+  return Source(place.folder(revision, FILES), f'{location}@{revision}', _step(revision))
+
+
+def _step(name: str) -> int:
+  revision = parse(name)
+  return revision.step if revision else 0
+
+
+def imported_config(checkpoint: HfCheckpoint, name: str, step: int,
+                    overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:
+  """Returns the config of an imported run; raises UserError for overrides that change its shapes."""
+  base = ExperimentConfig()
+  stored = 'bfloat16' if checkpoint.dtypes == {'bfloat16'} else 'float32'
+  config = overrides_lib.apply(dataclasses.replace(
+      base, name=name, n_steps=max(step, 1), model=checkpoint.config,
+      data=dataclasses.replace(base.data, sequence_length=min(
+          LONGEST_ROW, checkpoint.config.context_length)),
+      checkpoints=dataclasses.replace(base.checkpoints, snapshot_dtype=stored)), overrides)
+  ours = leaf_shapes(config.model)
+  for leaf in sorted(ours.keys() | checkpoint.shapes.keys()):
+    if ours.get(leaf) != checkpoint.shapes.get(leaf):
+      raise UserError(f'--config.model: parameter {leaf} is {checkpoint.shapes.get(leaf)} in '
+                      f'{checkpoint.folder} and {ours.get(leaf)} with these settings')
+  return config
+
+
+def _start_id(tokenizer: Tokenizer) -> int | None:
+  """Returns the token that the tokenizer itself puts before a text, None where it puts none."""
+  ids = tokenizer.backend.encode('', add_special_tokens=True).ids
+  return ids[0] if ids and ids[0] == tokenizer.bos_id else None
+
+
+def import_run(source: Source, run_dir: RunDir, overrides: Sequence[tuple[str, str]] = (),
+               say: Callable[[str], None] = print) -> None:
+  """Writes a public checkpoint as a run directory: one checkpoint, one snapshot, its scores.
+
+  The config is the model's; of the rest only mesh, monitors and snapshot dtype mean something.
+  Repeating an import that was interrupted does it again; a finished one is said to be.
+
+  Raises:
+    UserError: the checkpoint, its tokenizer or a setting cannot be used, or the directory has a
+      run of another origin.
+  """
+  checkpoint = open_checkpoint(source.folder)
+  config = imported_config(checkpoint, source.name, source.step, overrides)
+  tokenizer = open_tokenizer(source.folder, checkpoint.config)
+  items, start_id = suite_items(config), _start_id(tokenizer)
+  if items:
+    encode_items(items, tokenizer, config.model.context_length, start_id)
+  try:
+    mesh = make_mesh(config.mesh)
+    numerics = build_lib.resolve_numerics(config, mesh)
+    built = build_lib.build(config, mesh, numerics)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  known = manifest_lib.read(run_dir)
+  if known is not None and known.get('imported', {}).get('source') != source.name:
+    raise UserError(f'--run_dir={run_dir.path} holds another run; choose another directory')
+  run_dir.lock()
+  try:
+    if run_dir.done.exists():
+      say(f'imported already: {run_dir.path}')
+      return
+    _describe(run_dir, config, tokenizer, source, {
+        'experiment': config.name, 'numerics': numerics, 'mesh': dict(mesh.shape), 'parent': None,
+        'starts': [manifest_lib.start_facts(source.step, {})], 'start_id': start_id, 'data': {},
+        'hashes': {'data': '', 'tokenizer': tokenizer.hash},
+        'imported': {'source': source.name, 'folder': str(source.folder.resolve()),
+                     'model_type': checkpoint.family.model_type, 'dtypes': sorted(checkpoint.dtypes)}})
+    _write(run_dir, config, built, checkpoint, source.step, (items, tokenizer, start_id), say)
+    write_whole(run_dir.done, json.dumps({'step': source.step}) + '\n')
+    say(f'step {source.step} of {source.name} is in {run_dir.path}')
+  finally:
+    run_dir.unlock()
+
+
+def _describe(run_dir: RunDir, config: ExperimentConfig, tokenizer: Tokenizer, source: Source,
+              manifest: dict[str, Any]) -> None:
+  """Writes what describes the run, its tokenizer too."""
+  manifest_lib.write(run_dir, manifest)
+  write_whole(run_dir.config_json, config_lib.as_json(config))
+  write_whole(run_dir.config_txt, config_lib.as_text(config))
+  tokenizer.save(run_dir.tokenizer_json)
+  beside = source.folder / TOKENIZER[1]
+  if beside.is_file():  # it names the special tokens
+    shutil.copyfile(beside, run_dir.tokenizer_json.with_name(TOKENIZER[1]))
+
+
+def _write(run_dir: RunDir, config: ExperimentConfig, built: build_lib.Build,
+           checkpoint: HfCheckpoint, step: int,
+           monitored: tuple[list[MonitorItem], Tokenizer, int | None],
+           say: Callable[[str], None]) -> None:
+  """Writes checkpoint, snapshot and scores of the parameters."""
+  items, tokenizer, start_id = monitored
+  progress = _Progress(checkpoint, say)
+  params = place_streamed(checkpoint.read, built.params, progress)
+  checkpoints = Checkpoints(run_dir.checkpoints)
+  if step not in checkpoints.steps:
+    checkpoints.save_params(step, params, {'imported': checkpoint.family.model_type})
+  checkpoints.close()
+  dtype = config.checkpoints.snapshot_dtype
+  snapshots = SnapshotWriter(run_dir.snapshots, built.params, dtype, step - 1)
+  snapshots.write(step, snapshots_lib.cast(params, dtype))
+  snapshots.close()
+  Watch(config, items, tokenizer, start_id, built, run_dir, step)  # scores the snapshot
+
+
+class _Progress:
+  """Says every few seconds how much was read and how long the rest takes."""
+
+  SECONDS = 5.0
+
+  def __init__(self, checkpoint: HfCheckpoint, say: Callable[[str], None]):
+    self._sizes = {leaf: int(np.prod(shape)) for leaf, shape in checkpoint.shapes.items()}
+    self._all, self._say = sum(self._sizes.values()), say
+    self._read, self._began, self._said = 0, time.perf_counter(), 0.0
+
+  def __call__(self, leaf: str) -> None:
+    self._read += self._sizes[leaf]
+    took = time.perf_counter() - self._began
+    if took - self._said > self.SECONDS:
+      self._said = took
+      left = took * (self._all - self._read) / self._read
+      self._say(f'read {self._read:,} of {self._all:,} parameters, {duration(left)} left')
+
+
+def export_run(run_dir: RunDir, out: pathlib.Path, step: int = -1, dtype: str = '') -> int:
+  """Writes a snapshot or checkpoint of a run as a folder that transformers loads; returns its step.
+
+  Args:
+    run_dir: of the run.
+    out: an empty or new folder, for safetensors, config.json and tokenizer.
+    step: of a snapshot, else of a checkpoint; -1 is the newest of either.
+    dtype: of the tensors, float32 or bfloat16; '' is that of the snapshot (checkpoints: float32).
+
+  Raises:
+    UserError: there is no such run or step, or no family of transformers computes the model.
+  """
+  if not run_dir.config_json.exists():
+    raise UserError(f'--run_dir={run_dir.whole} is not a run directory: it has no config.json')
+  config = config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8'))
+  if dtype not in ('', *DTYPES):
+    raise UserError(f'--dtype={dtype} is none of {", ".join(DTYPES)}')
+  step, read, stored = _reader(run_dir, config, step)
+  try:
+    hf, tensors = exported(config.model, read, DTYPES[dtype or stored])
+    tokenizer = tokenizers.load(run_dir.tokenizer_json)
+    hf |= {f'{role}_token_id': getattr(tokenizer, f'{role}_id') for role in ('bos', 'eos', 'pad')}
+    write_folder(out, hf, tensors)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  tokenizer.save(out / TOKENIZER[0])
+  write_whole(out / TOKENIZER[1], json.dumps(_tokenizer_config(tokenizer, config.model), indent=2))
+  return step
+
+
+def _tokenizer_config(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
+  """Returns what AutoTokenizer needs beside tokenizer.json."""
+  names = {f'{role}_token': getattr(tokenizer, f'{role}_id') for role in ('bos', 'eos', 'pad')}
+  return {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.context_length,
+          **{name: tokenizer.backend.id_to_token(i) for name, i in names.items() if i is not None}}
+
+
+def _reader(run_dir: RunDir, config: ExperimentConfig, step: int
+            ) -> tuple[int, Callable[[str, tuple[int, ...]], np.ndarray], str]:
+  """Returns the step, what reads one layer of a parameter of it, and the dtype it is stored in."""
+  snapshots = SnapshotReader(run_dir.snapshots)
+  checkpoints = Checkpoints(run_dir.checkpoints) if run_dir.checkpoints.exists() else None
+  full = checkpoints.steps if checkpoints else []
+  if not snapshots.steps and not full:
+    raise UserError(f'{run_dir.whole} has neither snapshots nor checkpoints')
+  step = max([*snapshots.steps, *full]) if step == -1 else step
+  if step in snapshots.steps:
+    dtype = config.checkpoints.snapshot_dtype
+    return step, lambda leaf, at: np.asarray(snapshots.leaf(step, leaf)[at].read().result()), dtype
+  if step not in full:
+    raise UserError(f'--step={step}: {run_dir.whole} has snapshots of steps {snapshots.steps} and '
+                    f'checkpoints of steps {full}')
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = checkpoints.restore_params(step, jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+      transformer.abstract_params(config.model)))
+  checkpoints.close()
+  leaves = dict(zip(snapshots_lib.leaf_names(params), jax.tree.leaves(params), strict=True))
+  return step, lambda leaf, at: np.asarray(leaves[leaf][at]), 'float32'
