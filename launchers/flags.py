@@ -133,8 +133,15 @@ def fail(error: Exception) -> None:
   sys.exit(2)
 
 
-def run(main: Callable[[], Any]) -> None:
-  """Runs a launcher's main under absl; user errors end it with one sentence and code 2."""
+def run(main: Callable[..., Any], words: tuple[str, ...] = ()) -> None:
+  """Runs a launcher's main under absl; user errors end it with one sentence and code 2.
+
+  Args:
+    main: called with one text for each of `words`; what it returns is the exit code, None for 0.
+    words: names of the arguments that stand without a flag, in order, before or between flags.
+  """
+  flags.FLAGS.set_gnu_getopt(True)
+
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)
     quiet_plugins()
@@ -142,10 +149,12 @@ def run(main: Callable[[], Any]) -> None:
     logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname or
                                         record.levelno < stdlib_logging.ERROR)
     try:
-      if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}; settings are given as '
+      if len(argv) > 1 + len(words):
+        raise UserError(f'unexpected argument {argv[1 + len(words)]!r}; settings are given as '
                         '--config.<name>=<value>')
-      main()
+      if len(argv) < 1 + len(words):
+        raise UserError(f'the {words[len(argv) - 1]} is missing; see --help')
+      return main(*argv[1:])
     except UserError as error:
       distributed.fail(str(error), 2)
       fail(error)

@@ -1,5 +1,7 @@
 """Scores stored snapshots of a run again and checks that the bits agree with training.
 
+What was never scored, such as an average that launchers.trajectory made, is scored and stored.
+
   python -m launchers.score --run_dir=runs/quickstart
   python -m launchers.score --run_dir=runs/quickstart --steps=0,1200,2400
 """
@@ -38,8 +40,14 @@ def main() -> None:
   if missing := sorted(set(steps) - set(stored)):
     raise UserError(f'--steps={missing[0]}: no such snapshot in {run_dir.snapshots}; it has {stored}')
   tokenizer = tokenizers.load(run_dir.tokenizer_json)
-  n_equal = 0
+  n_equal, items = 0, table.read_item_table(run_dir.monitor_items)
   for step, scores in watch.rescore(config, tokenizer, manifest['start_id'], built, run_dir, steps):
+    if not watch.scored_path(run_dir, step).exists():
+      table.write_scores(run_dir.monitor_scores, step, scores)
+      accuracy = table.dataset_accuracy(table.summary(items, step, scores))
+      print(f'step {step}: scored, accuracy', *(f'{k} {v:.3f}' for k, v in accuracy.items()))
+      n_equal += 1
+      continue
     _, trained = table.read_scores(watch.scored_path(run_dir, step))
     equal = all(a.tobytes() == b.tobytes() for a, b in zip(scores, trained, strict=True))
     n_equal += equal

@@ -3,7 +3,8 @@
   python -m experiments.benchmarks.audit_faults --run_dir=runs/dense
   python -m experiments.benchmarks.audit_faults --run_dir=runs/dense --trials=100 --seed=7
 
-Takes a finished run, best of 500 snapshots and with --config.checkpoints.keep=0, and audits:
+Takes a finished run of 500 snapshots, say, with several checkpoints among its first --keep ones
+(--config.checkpoints.keep=0 --config.checkpoints.every=...), and audits:
   - the run as it is, which must give no finding, with hashes and without;
   - copies with one fault each in the files (truncated, flipped, swapped, duplicated, spliced, ...),
     hashes as they were: the finding must name the file;
@@ -29,10 +30,11 @@ from experiments.benchmarks.estimates import machine, table
 from research.dynamics.audit import audit_series
 from research.dynamics.audit_content import Finding
 from research.dynamics.audit_run import audit_run
-from research.dynamics.series import SnapshotSeries
+from research.dynamics.series import SnapshotSeries, checkpoint_steps
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 from research.training import stored
+from research.training.logs import read_rows
 
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'a finished run with snapshots and checkpoints')
 TRIALS = flags.DEFINE_integer('trials', 40, 'content faults of each kind', lower_bound=1)
@@ -59,13 +61,18 @@ def named(found: list[Finding], planted: faults.Planted) -> bool:
 
 
 def copy_of(run_dir: RunDir, folder: pathlib.Path, n_snapshots: int) -> RunDir:
-  """Returns a copy of a run that has its first snapshots only, as one that is not done."""
-  copy = RunDir(folder / 'run')
-  shutil.copytree(run_dir.path, copy.path, ignore=shutil.ignore_patterns('monitors', 'figures'))
-  copy.done.unlink(missing_ok=True)
-  path = copy.snapshots / 'commits.jsonl'
-  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
-  path.write_text(''.join(lines[:n_snapshots]), encoding='utf-8')
+  """Returns a copy of the start of a run, up to some snapshot, as one that is not done."""
+  copy, lines = RunDir(folder / 'run'), read_rows(run_dir.snapshots / 'commits.jsonl')[:n_snapshots]
+  late = [str(step) for step in checkpoint_steps(run_dir.checkpoints) if step > lines[-1]['step']]
+  for name in ('config_json', 'manifest_json', 'metrics_jsonl', 'snapshots', 'checkpoints'):
+    source, target = getattr(run_dir, name), getattr(copy, name)
+    if source.is_dir():
+      shutil.copytree(source, target, ignore=shutil.ignore_patterns(*late))
+    else:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(source, target)
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  (copy.snapshots / 'commits.jsonl').write_text(text, encoding='utf-8')
   return copy
 
 
@@ -120,6 +127,11 @@ def main() -> None:
   if len(series.steps) <= STRETCH.value:
     raise UserError(f'--stretch={STRETCH.value} needs more than the {len(series.steps)} snapshots of '
                     f'{run_dir.path}')
+  last = series.steps[min(KEEP.value, len(series.steps)) - 1]
+  if sum(step <= last for step in checkpoint_steps(run_dir.checkpoints)) < 2:
+    raise UserError(f'{run_dir.path} needs two checkpoints up to step {last}, its snapshot '
+                    f'{KEEP.value}: train it with --config.checkpoints.keep=0 and a smaller '
+                    '--config.checkpoints.every')
   facts = machine()
   print(facts, flush=True)
   healthy = false_alarms(run_dir)

@@ -40,8 +40,9 @@ def _some_snapshot(run_dir: RunDir, rng) -> tuple[SnapshotReader, int, str, path
 def _some_file(run_dir: RunDir, rng) -> tuple[int, pathlib.Path]:
   """Returns a file with content of some full checkpoint."""
   step = _pick(rng, checkpoint_steps(run_dir.checkpoints))
+  # The list of files itself may be missing: a kill between a save and its list leaves it so.
   files = [path for path in sorted((run_dir.checkpoints / str(step)).rglob('*'))
-           if path.is_file() and path.stat().st_size > 1]
+           if path.is_file() and path.stat().st_size > 1 and path.name != stored.INVENTORY]
   return step, _pick(rng, files)
 
 

@@ -67,7 +67,8 @@ def _checkpoints(run_dir: RunDir, config: ExperimentConfig, manifest: dict[str, 
       record = stored.read_record(path)
     except stored.DamagedError:
       continue  # Named above.
-    yield from _number(path, step)
+    if 'derived' not in manifest:  # Those have parameters alone.
+      yield from _number(path, step)
     if record:
       where = str(path / stored.RECORD)
       for problem in _record_problems(record, before, config, manifest):
@@ -95,7 +96,7 @@ def _record_problems(record: dict[str, Any], before: dict[str, Any], config: Exp
     if record[name] != want:
       yield f'was made with {name} {record[name][:12]}, the run with {want[:12]}'
   parent, window = record['parent'], record['window']
-  origin = parent['step'] if parent and not parent['run_dir'] else 0
+  origin = parent['step'] if parent and ('derived' in manifest or not parent['run_dir']) else 0
   if (window['from'], window['to']) != (origin, record['step']):
     yield (f'consumed the batches of steps {window["from"]} to {window["to"]}, its parent is at '
            f'{origin}')

@@ -55,10 +55,12 @@ class Checkpoints:
     self._saving = step, self._checkpointer.save_checkpointables_async(
         step, {**items(state), 'data': position}, custom_metadata=record)
 
-  def save_params(self, step: int, params: Any, facts: dict[str, str]) -> None:
-    """Saves a checkpoint that has parameters only, to start other runs from, and waits for it."""
+  def save_params(self, step: int, params: Any, position: dict[str, int], record: dict[str, Any]
+                  ) -> None:
+    """Saves parameters that no optimizer state goes with, which training can start from."""
     self.wait()
-    self._checkpointer.save_checkpointables(step, {'params': params}, custom_metadata=facts)
+    self._saving = step, self._checkpointer.save_checkpointables_async(
+        step, {'params': params, 'data': position}, custom_metadata=record)
 
   def wait(self) -> None:
     """Waits for the save under way and lists its files; raises what it raised."""

@@ -30,10 +30,12 @@ from research.monitors.encoding import encode_items
 from research.monitors.items import MonitorItem
 from research.monitors.watch import Watch, suite_items
 from research.run_dir import RunDir, write_whole
+from research.training import hashes
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
 from research.training.checkpoints import Checkpoints
 from research.training.logs import duration
+from research.training.provenance import Chain, Window
 from research.training.snapshots import SnapshotReader, SnapshotWriter
 from research.training.streaming import place_streamed
 
@@ -166,12 +168,16 @@ def _write(run_dir: RunDir, config: ExperimentConfig, built: build_lib.Build,
   progress = _Progress(checkpoint, say)
   params = place_streamed(checkpoint.read, built.params, progress)
   checkpoints = Checkpoints(run_dir.checkpoints)
+  position = {'step': step, 'tokens': 0}
   if step not in checkpoints.steps:
-    checkpoints.save_params(step, params, {'imported': checkpoint.family.model_type})
+    chain = Chain(config, {'data': '', 'tokenizer': tokenizer.hash}, None, Window(step, (), ()))
+    checkpoints.save_params(step, params, position,
+                            chain.record(step, hashes.digests({'params': params}), position))
   checkpoints.close()
   dtype = config.checkpoints.snapshot_dtype
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, dtype, step - 1)
-  snapshots.write(step, snapshots_lib.cast(params, dtype))
+  stored = snapshots_lib.cast(params, dtype)
+  snapshots.write(step, stored, hashes.digests(stored))
   snapshots.close()
   Watch(config, items, tokenizer, start_id, built, run_dir, step)  # scores the snapshot
 

@@ -44,6 +44,9 @@ def find_parent(config: ExperimentConfig, tokenizer: Tokenizer) -> dict[str, Any
   if step not in steps:
     raise UserError(f'start.step={config.start.step}: {config.start.run_dir} has checkpoints of '
                     f'steps {steps}')
+  if config.start.optimizer and 'derived' in manifest:
+    raise UserError(f'start.optimizer: {config.start.run_dir} was made from other checkpoints and has '
+                    'no optimizer state; set --config.start.optimizer=false')
   return {'run_dir': str(run_dir.whole.resolve()), 'step': step}
 
 
