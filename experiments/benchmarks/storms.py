@@ -5,6 +5,7 @@ while a step is computed, a checkpoint written, a snapshot scored, the report ma
 still starting (right after another kill). It is the same launcher, settings and files as any run's.
 """
 
+import dataclasses
 import os
 import pathlib
 import random
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 
-from parallelism.mesh import make_mesh
+from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research import config as config_lib
 from research.errors import PREEMPTED
@@ -221,6 +222,10 @@ def differences(whole: RunDir, other: RunDir) -> list[str]:
   for step in readers[0].steps:
     found += [f'snapshot {step}: {name}' for name in _unequal(
         *(reader.params(step, built.params) for reader in readers))]
+  steps = [table.score_steps(run_dir.monitor_scores) for run_dir in (whole, other)]
+  if steps[0] != steps[1]:
+    return [*found, f'scores of steps {steps[1]} instead of {steps[0]}']
+  for step in steps[0]:
     scores = [pq.read_table(run_dir.monitor_scores / table.scores_name(step))
               for run_dir in (whole, other)]
     found += [] if scores[0].equals(scores[1]) else [f'scores of step {step}']
@@ -228,7 +233,9 @@ def differences(whole: RunDir, other: RunDir) -> list[str]:
 
 
 def _built(run_dir: RunDir) -> build_lib.Build:
+  """Returns the model of a run on one device, whatever it was trained on."""
   config = config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8'))
+  config = dataclasses.replace(config, mesh=MeshConfig(data=1))
   numerics = manifest_lib.read(run_dir)['numerics']
   return build_lib.build(config, make_mesh(config.mesh, jax.devices()[:1]), numerics)
 

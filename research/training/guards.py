@@ -14,25 +14,24 @@ from research.training.config import GuardConfig
 GAUSSIAN = 1.4826  # standard deviation per median absolute deviation, Rousseeuw & Croux (1993)
 # Scales below which no estimate falls: nats of loss, and of the logarithm of a norm. Where the
 # recent past is nearly constant, its deviation says nothing about what may come.
-FLOORS = {'loss': 0.01, 'log_norm': 0.1}
+FLOORS = (0.01, 0.1)
 # Metrics that say what a step was judged by; they stand in the record of skipped steps only.
 JUDGED_BY = ('usual_loss', 'scale_of_loss', 'usual_log_norm', 'scale_of_log_norm', 'usual_known',
              'skipped_in_a_row')
 
 
 class GuardState(NamedTuple):
-  """What is usual: the last `window` accepted steps, in no particular order; and counts.
+  """What is usual, and counts.
 
   Attributes:
-    loss_R: losses, float32; a ring, written at `accepted` modulo its length.
-    log_norm_R: logarithms of gradient norms, float32.
+    recent_2R: loss and logarithm of the gradient norm of the last `window` accepted steps, float32;
+      a ring, written at `accepted` modulo its length.
     accepted: steps that updated the parameters, int32.
     skipped: steps that did not, int32.
     in_a_row: those of them since the last accepted one, int32.
   """
 
-  loss_R: jax.Array
-  log_norm_R: jax.Array
+  recent_2R: jax.Array
   accepted: jax.Array
   skipped: jax.Array
   in_a_row: jax.Array
@@ -40,14 +39,14 @@ class GuardState(NamedTuple):
 
 def fresh(config: GuardConfig) -> GuardState:
   """Returns the state before the first step."""
-  zeros_R = jnp.zeros(config.window, jnp.float32)
-  return GuardState(zeros_R, zeros_R, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+  return GuardState(jnp.zeros((2, config.window)), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
-def usual(values_R: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
-  """Returns the median and the robust scale, at least `floor`, of values."""
-  median = jnp.median(values_R)
-  return median, jnp.maximum(GAUSSIAN * jnp.median(jnp.abs(values_R - median)), floor)
+def _medians(values_2R: jax.Array) -> jax.Array:
+  """Returns the median of each row, float32 [2]; `jnp.median` makes ten times the program."""
+  ordered_2R = jnp.sort(values_2R, axis=1)
+  n = values_2R.shape[1]
+  return 0.5 * (ordered_2R[:, (n - 1) // 2] + ordered_2R[:, n // 2])
 
 
 def judge(config: GuardConfig, state: GuardState, loss: jax.Array, grad_norm: jax.Array,
@@ -61,21 +60,18 @@ def judge(config: GuardConfig, state: GuardState, loss: jax.Array, grad_norm: ja
     grad_norm: of the whole batch's gradients.
     finite: whether all numbers of the step are.
   """
-  log_norm = jnp.log(jnp.maximum(grad_norm, jnp.finfo(jnp.float32).tiny))
-  judged_by, spike = {}, jnp.bool_(False)
-  for name, value, values_R in (('loss', loss, state.loss_R),
-                                ('log_norm', log_norm, state.log_norm_R)):
-    median, scale = usual(values_R, FLOORS[name])
-    judged_by |= {f'usual_{name}': median, f'scale_of_{name}': scale}
-    spike |= value > median + config.spike_threshold * scale
+  now = jnp.stack([loss, jnp.log(jnp.maximum(grad_norm, jnp.finfo(jnp.float32).tiny))])
+  usual = _medians(state.recent_2R)
+  deviations_2R = jnp.abs(state.recent_2R - usual[:, None])
+  scale = jnp.maximum(GAUSSIAN * _medians(deviations_2R), jnp.array(FLOORS))
   known = state.accepted >= config.window
-  spike &= known & (config.spike_threshold > 0)
-  accept = finite & ~spike
+  spike = known & jnp.any(now > usual + config.spike_threshold * scale)
+  accept = finite & ~spike if config.spike_threshold else finite
   one = accept.astype(jnp.int32)
-  at = state.accepted % config.window
-  write = lambda values_R, value: jnp.where(accept, values_R.at[at].set(value), values_R)
+  written_2R = state.recent_2R.at[:, state.accepted % config.window].set(now)
   after = GuardState(
-      write(state.loss_R, loss), write(state.log_norm_R, log_norm), state.accepted + one,
+      jnp.where(accept, written_2R, state.recent_2R), state.accepted + one,
       state.skipped + 1 - one, (state.in_a_row + 1) * (1 - one))
-  judged_by |= {'usual_known': known, 'skipped_in_a_row': after.in_a_row}
-  return accept, after, {name: x.astype(jnp.float32) for name, x in judged_by.items()}
+  judged_by = (usual[0], scale[0], usual[1], scale[1], known, after.in_a_row)
+  return accept, after, {name: jnp.float32(value)
+                         for name, value in zip(JUDGED_BY, judged_by, strict=True)}

@@ -30,6 +30,9 @@ if act == 'die':
 if act == 'fail':
   roll.fail('out of luck')
   sys.exit(3)
+if act == 'tell':
+  roll.tell(f'{rank} stands still')
+  time.sleep(1)
 roll.part()
 """
 
@@ -57,6 +60,14 @@ def test_processes_that_finish_at_different_times_disturb_nobody():
   seconds = (0.6, 0.0, 1.2)
   ended = results([start(address, rank, 3, 'part', seconds[rank]) for rank in range(3)])
   assert ended == [(0, 'all here\n', '')] * 3
+
+
+def test_process_0_prints_what_the_others_have_to_say():
+  address = free_address()
+  ended = results([start(address, rank, 3, 'tell') for rank in range(3)])
+  assert [code for code, _, _ in ended] == [0, 0, 0]
+  assert [sorted(errors.splitlines()) for _, _, errors in ended] == [
+      ['1 stands still', '2 stands still'], [], []]
 
 
 @pytest.mark.parametrize('victim', [0, 1, 2])
