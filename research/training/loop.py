@@ -131,7 +131,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
 
   def observe(step: int, state) -> None:
     """Takes what is due at this step: snapshot with monitors, held-out loss, checkpoint."""
-    if step >= span.observed_from and span.due(step, config.checkpoints.snapshot_every):
+    if span.due(step, config.checkpoints.snapshot_every, since=span.observed_from):
       with recorder.phase('save'):
         stored = snapshots_lib.cast(state.params, config.checkpoints.snapshot_dtype)
         snapshots.write(step, stored)
@@ -144,7 +144,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
         row = {'step': step, **_heldout_loss(eval_step, state.params, heldout)}
         recorder.heldout(row)
         observers.row('evals', row)
-    if step > span.first and span.due(step, config.checkpoints.every):
+    if span.due(step, config.checkpoints.every, since=span.first + 1):
       with recorder.phase('save'):
         snapshots.wait()
         recorder.sync()

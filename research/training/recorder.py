@@ -47,7 +47,8 @@ class Recorder:
     steps = [row['step'] for row in read_rows(run_dir.metrics_jsonl)]
     if steps != list(range(span.first + 1, first + 1)):
       raise UserError(f'{run_dir.metrics_jsonl} must hold one row for each of the steps '
-                      f'{span.first + 1} to {first} that the run resumes from; it holds {len(steps)} rows')
+                      f'{span.first + 1} to {first} that the run resumes from; it '
+                      f'holds {len(steps)} rows')
     self._evals = JsonLines(run_dir.evals_jsonl, kept)
     self._timings = JsonLines(run_dir.timings_jsonl, kept)
     self._board = TensorBoard(run_dir.tensorboard, kept) if config.logging.tensorboard else None
