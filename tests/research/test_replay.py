@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from parallelism.mesh import make_mesh
+from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research.data.edits import parse_edit
 from research.dynamics import bisect as bisect_lib
@@ -260,3 +260,20 @@ def test_bad_input_is_one_sentence_before_anything_is_written(runs, tmp_path, ca
     call(original_of(runs[0]), RunDir(tmp_path / 'to'))
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'to' / 'manifest.json').exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_four_devices_again_on_four_and_on_one(tmp_path):
+  config = switching_run(tmp_path)
+  config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))
+  train(config, RunDir(tmp_path / 'run'))
+  run = open_original(str(tmp_path / 'run'))
+  said = replay(run, RunDir(tmp_path / 'same'), (21, 31), DENSE)
+  assert said.startswith('equal to') and '11 rows of metrics' in said and '1 checkpoint,' in said
+  other = RunDir(tmp_path / 'other')
+  said = replay(run, other, (21, 31), [('mesh.data', '1'), ('mesh.fsdp', '1')])
+  assert said.startswith('compared with') and 'mesh.fsdp: 2 -> 1' in said and "'fsdp': 2" in said
+  pairs = [(row['loss'], run.metrics[row['step']]['loss'])
+           for row in read_rows(other.metrics_jsonl)]
+  assert 0 < max(abs(a - b) for a, b in pairs) < 1e-4  # f32: sums over devices in other orders
+  assert json.loads(other.manifest_json.read_text())['mesh']['fsdp'] == 1
