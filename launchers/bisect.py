@@ -6,9 +6,9 @@ r"""Finds the two adjacent steps between which a monitor changes state, by repla
 
 The interval is replayed once with a snapshot of every step; a binary search scores a few of them,
 then all are scored, which confirms the result and lists every change where there are several. The
-state is whether the accuracy is above 0.5 (or the margin above 0) unless --threshold says otherwise.
-The replay's directory holds bisection.json, the documents of the found step (documents.parquet), all
-snapshots and a report. Repeating the command resumes.
+state is whether the accuracy is above 0.5 (the margin above 0) unless --threshold says otherwise.
+The replay's directory holds bisection.json, the documents of the found step (documents.parquet),
+all snapshots and a report. Repeating the command resumes.
 """
 
 import pathlib

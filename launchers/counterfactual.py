@@ -1,4 +1,4 @@
-r"""Makes a run again with other data in some steps, all else equal, and shows both beside each other.
+r"""Makes a run again with other data in some steps, all else equal, and compares the two.
 
   python -m launchers.counterfactual --run_dir=runs/quickstart --edit='swap 1200:1260 1320:1380'
   python -m launchers.counterfactual --run_dir=runs/quickstart --edit='mask 1200:1260 successive' \
@@ -10,7 +10,8 @@ A window A:B is the data that takes the state of step A to that of step B. Edits
   swap A:B C:D         the two windows change places
   replace A:B C:D      A:B is fed what C:D is fed
   reorder A:B [SEED]   the rows of the window are permuted
-  mask A:B [KIND ...]  rows of these kinds (families, entries of data.*.paths; none: all) have no loss
+  mask A:B [KIND ...]  rows of these kinds (families, entries of data.*.paths; none named: all)
+                       are taken out of the loss
 Everything before the first changed batch is checked to be equal to the original, bit for bit. The
 replay's directory is a run directory with its own report, comparison.csv and comparison.png.
 Placement settings can be overridden with --config.<name>=<value>. Repeating the command resumes.

@@ -113,7 +113,7 @@ class EditedSource:
   """A source whose rows lie elsewhere or are masked; all else is the source's own."""
 
   def __init__(self, source: Source, place: Callable[[int], int], masks: Callable[[int], bool]):
-    """`place` says which row of the source stands at row j, `masks` whether j is out of the loss."""
+    """`place` says which row of the source stands at row j, `masks` whether j has no loss."""
     self._source, self._place, self._masks = source, place, masks
     self.tokenizer, self.hash = source.tokenizer, source.hash
     self.n_rows, self.start_id = source.n_rows, source.start_id

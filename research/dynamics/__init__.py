@@ -1,1 +1,1 @@
-"""What happened along a trajectory: accuracy curves, swings between modes, control gates."""
+"""What happened along a trajectory, and what happens when it is run again, with other data too."""

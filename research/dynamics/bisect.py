@@ -92,8 +92,9 @@ class Bisection:
 
   def __str__(self) -> str:
     first, last = self.readings[0].step, self.readings[-1].step
-    lines = [f'{self.dataset} ({self.n_items} items, {self.state}) changes between steps '
-             f'{self.found[0]} and {self.found[1]}:', *(f'  {self.at(step)}' for step in self.found)]
+    a, b = self.found
+    lines = [f'{self.dataset} ({self.n_items} items, {self.state}) changes between steps {a} and '
+             f'{b}:', f'  {self.at(a)}', f'  {self.at(b)}']
     if len(self.changes) == 1:
       lines.append(f'confirmed: scored at every step from {first} to {last}, it changes only there')
     else:

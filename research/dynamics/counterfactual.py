@@ -1,4 +1,4 @@
-"""What would have happened with other data: a run again with windows edited, beside the original."""
+"""What would have happened with other data: a run again with edited windows, beside its original."""
 
 from collections.abc import Sequence
 import csv
@@ -42,7 +42,7 @@ class Compared:
 
   @property
   def largest(self) -> tuple[int, float]:
-    """The step after the first changed batch at which the two differ most, and changed - original."""
+    """The step after the first changed batch where the two differ most, and changed - original."""
     gaps = np.where(self.after, self.changed.mean - self.original.mean, 0.0)
     at = int(np.argmax(np.abs(gaps)))
     return int(self.steps[at]), float(gaps[at])

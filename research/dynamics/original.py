@@ -1,4 +1,4 @@
-"""A run that is replayed, read only: its settings, its rows, and the full states it can start from."""
+"""A run that is replayed, read only: its settings, its rows and the full states to start from."""
 
 import dataclasses
 import functools
@@ -107,8 +107,8 @@ class Original:
     saved = json.loads(config_lib.as_json(self.config))
     for setting, old in config_lib.differences(saved, config):
       if setting.kind == 'identity':
-        raise UserError(f'--config.{setting.path}={setting.value!r}: a replay keeps what the run is '
-                        f'({setting.path}={old!r}); mesh, checkpoints.every, snapshot_every, '
+        raise UserError(f'--config.{setting.path}={setting.value!r}: a replay keeps what the run '
+                        f'is ({setting.path}={old!r}); mesh, checkpoints.every, snapshot_every, '
                         'monitors, evals and logging may differ')
       changed[setting.path] = [old, setting.value]
     return config, changed

@@ -20,8 +20,11 @@ from research.training.snapshots import leaf_names
 from research.training.span import Observers
 from research.training.step import State
 
-NOUNS = {'metrics': 'rows of metrics', 'evals': 'rows of held-out loss', 'snapshot': 'snapshots',
-         'checkpoint': 'checkpoints', 'scores': 'tables of scores'}
+_NOUNS = {  # one, several
+    'metrics': ('row of metrics', 'rows of metrics'),
+    'evals': ('row of held-out loss', 'rows of held-out loss'),
+    'snapshot': ('snapshot', 'snapshots'), 'checkpoint': ('checkpoint', 'checkpoints'),
+    'scores': ('table of scores', 'tables of scores')}
 
 
 class ReplayError(UserError):
@@ -68,6 +71,7 @@ class Verifier(Observers):
 
   def checkpoint(self, step: int, state: State) -> None:
     """Compares every leaf of the state with the original's checkpoint, read into host memory."""
+    self._log.sync()  # What is noted up to a checkpoint stays when a replay is resumed from it.
     if step not in self._original.checkpoint_steps or step > self._until:
       return
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
@@ -135,18 +139,21 @@ def verdict(run_dir: RunDir, name: str, reasons: list[str]) -> str:
   rows = read_rows(run_dir.verified_jsonl)
   if not rows:
     return f'nothing to compare with {name}: no step before the first changed one'
-  counts = collections.Counter(row['what'] for row in rows)
-  said = ', '.join(f'{counts[what]} {noun}' for what, noun in NOUNS.items() if counts[what])
+  said = _counted(rows)
   wrong = [row for row in rows if row['different']]
   if not wrong:
     return f'equal to {name} bit for bit: {said}'
-  by_what = collections.Counter(row['what'] for row in wrong)
   worst = {}
   for row in wrong:
     for leaf, gap in row['different'].items():
       worst[leaf] = max(worst.get(leaf, 0.0), gap)
   largest = max(worst, key=worst.get)
-  return (f'compared with {name}: {said}; different: '
-          + ', '.join(f'{n} {NOUNS[what]}' for what, n in by_what.items())
-          + f', the first at step {wrong[0]["step"]}, loss by up to {worst.get("loss", 0.0):.3g}, '
-          f'most in {largest} ({worst[largest]:.3g}); what is not the same: {"; ".join(reasons)}')
+  return (f'compared with {name}: {said}; different: {_counted(wrong)}, the first at step '
+          f'{wrong[0]["step"]}, loss by up to {worst.get("loss", 0.0):.3g}, most in {largest} '
+          f'({worst[largest]:.3g}); what is not the same: {"; ".join(reasons)}')
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+  counts = collections.Counter(row['what'] for row in rows)
+  return ', '.join(f'{counts[what]} {nouns[counts[what] > 1]}'
+                   for what, nouns in _NOUNS.items() if counts[what])

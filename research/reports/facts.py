@@ -6,6 +6,7 @@ import numpy as np
 
 from research.reports import words
 from research.reports.records import Records, flatten
+from research.training.manifest import said
 
 Facts = list[tuple[str, list[tuple[str, str]]]]
 
@@ -153,6 +154,7 @@ def _origin(manifest, start):
       ('Command', start.get('command')), ('Last start', start.get('time')),
       ('Starts', len(manifest.get('starts', [])) or None),
       ('Parent run', parent.get('run_dir')),
+      ('Holds', said(manifest['replay']) if manifest.get('replay') else None),
       ('Data hash', hashes.get('data', '')[:12]),
       ('Tokenizer hash', hashes.get('tokenizer', '')[:12])))
 

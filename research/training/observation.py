@@ -58,14 +58,14 @@ class Observation:
     """Takes what is due: snapshot with scores, held-out loss, checkpoint (always where it halts)."""
     self._write_row()
     every, span = self._config.checkpoints, self._span
-    if step >= span.observed_from and span.due(step, every.snapshot_every):
+    if span.due(step, every.snapshot_every, since=span.observed_from):
       self._snapshot(step, state)
     if self._heldout and span.due(step, self._config.evals.every):
       with self.recorder.phase('eval'):
         row = {'step': step, **self._heldout_loss(state.params)}
         self.recorder.heldout(row)
         self._observers.row('evals', row)
-    if step > span.first and (halting or span.due(step, every.every)):
+    if halting or span.due(step, every.every, since=span.first + 1):
       self._checkpoint(step, state)
 
   def close(self) -> None:

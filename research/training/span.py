@@ -48,9 +48,13 @@ class Span:
     """Returns the state at step `first`, and the data position."""
     return first_state(built, config, parent), {'step': 0, 'tokens': 0}
 
-  def due(self, step: int, every: int) -> bool:
-    """Returns whether what happens every so many steps (0: never), and at both ends, does now."""
-    return bool(every) and (step % every == 0 or step in (self.observed_from, self.last))
+  def due(self, step: int, every: int, since: int = 0) -> bool:
+    """Returns whether what happens every so many steps (0: never) does now.
+
+    It does at both ends too, and not before step `since`.
+    """
+    ends = self.observed_from, self.last
+    return bool(every) and step >= since and (step % every == 0 or step in ends)
 
   def observers(self, run_dir: RunDir, kept: int) -> 'Observers':
     """Returns what looks at everything that is written; `kept`: the last step that stays."""

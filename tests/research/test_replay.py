@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from parallelism.mesh import make_mesh
+from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research.data.edits import parse_edit
 from research.dynamics import bisect as bisect_lib
@@ -150,7 +150,7 @@ def test_a_difference_is_an_error_that_names_step_and_leaf(runs, tmp_path):
   manifest['starts'][0]['machine']['threads'] = 99
   broken.run_dir.manifest_json.write_text(json.dumps(manifest))
   said = replay(original_of(broken.run_dir), RunDir(tmp_path / 'c'), (22, 24))
-  assert 'different: 1 snapshots, the first at step 24' in said and f'most in {name} (0.5)' in said
+  assert 'different: 1 snapshot, the first at step 24' in said and f'most in {name} (0.5)' in said
   assert 'what is not the same: threads: 99 -> ' in said
 
 
@@ -236,7 +236,7 @@ def test_swapping_windows_changes_what_follows_and_nothing_before(runs, tmp_path
     (lambda run, to: replay(run, to, (60, 100)), f'--steps=60:100: .* holds steps 0:{N_STEPS}'),
     (lambda run, to: replay(run, RunDir(run.path / 'inside'), (10, 12)), 'outside it'),
     (lambda run, to: replay(run, to, (10, 12), [('optimizer.peak_lr', '0.5')]),
-     'a replay keeps what the run is'),
+     'a replay keeps what the run is \\(optimizer.peak_lr=0.03'),
     (lambda run, to: replay(run, to, (10, 12), [('mesh.data', '16')]), 'needs 16 devices'),
     (lambda run, to: bisect_lib.bisect(run, to, (30, 49), 'leters', bisect_lib.above()),
      r'--dataset=leters: .* the nearest is letters \(all: letters\)'),
@@ -260,3 +260,20 @@ def test_bad_input_is_one_sentence_before_anything_is_written(runs, tmp_path, ca
     call(original_of(runs[0]), RunDir(tmp_path / 'to'))
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'to' / 'manifest.json').exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_four_devices_again_on_four_and_on_one(tmp_path):
+  config = switching_run(tmp_path)
+  config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))
+  train(config, RunDir(tmp_path / 'run'))
+  run = open_original(str(tmp_path / 'run'))
+  said = replay(run, RunDir(tmp_path / 'same'), (21, 31), DENSE)
+  assert said.startswith('equal to') and '11 rows of metrics' in said and '1 checkpoint,' in said
+  other = RunDir(tmp_path / 'other')
+  said = replay(run, other, (21, 31), [('mesh.data', '1'), ('mesh.fsdp', '1')])
+  assert said.startswith('compared with') and 'mesh.fsdp: 2 -> 1' in said and "'fsdp': 2" in said
+  pairs = [(row['loss'], run.metrics[row['step']]['loss'])
+           for row in read_rows(other.metrics_jsonl)]
+  assert 0 < max(abs(a - b) for a, b in pairs) < 1e-4  # f32: sums over devices in other orders
+  assert json.loads(other.manifest_json.read_text())['mesh']['fsdp'] == 1
