@@ -43,9 +43,9 @@ class Compared:
   @property
   def largest(self) -> tuple[int, float]:
     """The step after the first changed batch where the two differ most, and changed - original."""
-    gaps = np.where(self.after, self.changed.mean - self.original.mean, 0.0)
+    gaps = (self.changed.mean - self.original.mean)[self.after]
     at = int(np.argmax(np.abs(gaps)))
-    return int(self.steps[at]), float(gaps[at])
+    return int(self.steps[self.after][at]), float(gaps[at])
 
 
 def counterfactual(original: Original, run_dir: RunDir, edits: Sequence[Edit], until: int,
