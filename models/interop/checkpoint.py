@@ -103,7 +103,7 @@ class HfCheckpoint:
                        + (f', and {len(extra) - 1} more' if len(extra) > 1 else ''))
     for name in names & constants.keys():
       value = float(self.files.read(name).reshape(()))
-      if abs(value - constants[name]) > 0.01 * abs(constants[name]):
+      if abs(value - constants[name]) > 0.05 * abs(constants[name]):  # float16 keeps 1e-6 to 3%
         raise ValueError(f'{self.folder}: tensor {name} is {value}; only {constants[name]} is '
                          'supported')
 
