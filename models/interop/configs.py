@@ -172,7 +172,7 @@ def _described(config: ModelConfig, family: Family, dtype: str) -> dict[str, Any
   hf |= {theirs: getattr(config, ours) for theirs, ours in REQUIRED.items()}
   hf |= {
     family.eps: config.norm_eps, 'tie_word_embeddings': config.tie_embeddings,
-    'hidden_act': next((k for k, v in family.activations.items() if v == config.mlp), 'none'),
+    'hidden_act': next(k for k, v in family.activations.items() if v == config.mlp),
     'rope_parameters': rope_parameters(config, partial=family.partial, per_kind=family.per_kind),
     'initializer_range': config.init_std, **_window_keys(config, family),
   }
@@ -230,16 +230,26 @@ def _known_rope(rope: RopeConfig) -> RopeConfig:
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
-  """Returns the settings, as name=value, that the family's config.json cannot say."""
+  """Returns the settings, as model.name=value, that the family's config.json cannot say."""
+  if config.mlp not in family.activations.values():
+    return [f'model.mlp={config.mlp!r}']
   try:
     back = model_config(_described(config, family, 'float32'))
   except ValueError as error:
     return [str(error)]
-  ours, theirs = _computed(config), _computed(back)
-  return [
-    f'{field.name}={getattr(ours, field.name)!r}' for field in dataclasses.fields(ModelConfig)
-    if getattr(ours, field.name) != getattr(theirs, field.name)
-  ]
+  return _unequal(_computed(config), _computed(back), 'model')
+
+
+def _unequal(ours: Any, theirs: Any, path: str) -> list[str]:
+  """Returns path.name=value of ours for every field in which two configs differ."""
+  found = []
+  for name in (field.name for field in dataclasses.fields(ours)):
+    a, b = getattr(ours, name), getattr(theirs, name)
+    if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+      found += _unequal(a, b, f'{path}.{name}')
+    elif a != b:
+      found.append(f'{path}.{name}={a!r}')
+  return found
 
 
 def hf_config(config: ModelConfig, dtype: str) -> tuple[Family, dict[str, Any]]:
@@ -254,7 +264,7 @@ def hf_config(config: ModelConfig, dtype: str) -> tuple[Family, dict[str, Any]]:
   name = min(lacking, key=lambda name: len(lacking[name]))
   if lacking[name]:
     raise ValueError(
-      f'no family of {", ".join(FAMILIES)} computes this model; the nearest, {name}, has no '
-      f'model.{", model.".join(lacking[name])}'
+      f'no family of {", ".join(FAMILIES)} computes this model; the nearest, {name}, lacks '
+      f'{", ".join(lacking[name])}'
     )
   return FAMILIES[name], _described(config, FAMILIES[name], dtype)

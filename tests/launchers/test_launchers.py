@@ -12,7 +12,7 @@ import pytest
 from research.run_dir import RunDir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LAUNCHERS = ('preflight', 'pretrain', 'report', 'sample', 'score', 'sweep')
+LAUNCHERS = ('convert', 'preflight', 'pretrain', 'report', 'sample', 'score', 'sweep')
 
 
 def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess:
