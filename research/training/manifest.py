@@ -18,7 +18,7 @@ from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorstore', 'numpy',
-            'tokenizers', 'pyarrow', 'safetensors', 'huggingface_hub')
+            'tokenizers', 'pyarrow')
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 

@@ -70,6 +70,7 @@ def test_an_import_again_says_so_and_another_source_is_refused(series, run_dir, 
     import_run(find_source(str(tmp_path / 'other')), run_dir)
 
 
+@pytest.mark.slow
 def test_texts_are_written_with_an_imported_model(run_dir):
   result = launch('sample', f'--run_dir={run_dir.path}', '--prompt=the soup was', '--json',
                   '--max_tokens=4', '--temperature=0')
@@ -92,6 +93,7 @@ def trained(series, run_dir) -> RunDir:
   return RunDir(path)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_imported_run_and_its_export_has_those_bits(
     run_dir, trained, tmp_path):
   first, last = (SnapshotReader(trained.snapshots).leaf(step, 'blocks.mlp.up').read().result()
@@ -120,6 +122,7 @@ print(tokenizer('the soup was').input_ids)
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(transformers_python() is None,
                     reason=f'{PYTHON} names no interpreter with transformers')
 def test_transformers_loads_a_trained_run_and_gives_its_logits(trained, tmp_path):
@@ -139,21 +142,34 @@ def test_transformers_loads_a_trained_run_and_gives_its_logits(trained, tmp_path
   assert json.loads(result.stdout) == tokenizers.load(trained.tokenizer_json).encode('the soup was')
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--run_dir='], '--run_dir is empty'),
-    (['--source={series}'], "--revision='': "),
-    (['--source={series}', '--to=huggingface'], 'either --source'),
-    (['--to=huggingface', '--out={tmp}/x'], 'is not a run directory'),
-    (['--source={tmp}/absent'], 'is neither a folder that exists'),
-    (['--source={series}/' + REVISION, '--config.model.d_ff=64'], 'parameter blocks.mlp.down is'),
-    (['--source={series}/' + REVISION, '--config.mesh.data=5'], 'needs 5 devices'),
-])
-def test_bad_input_is_one_sentence_before_anything_is_written(series, tmp_path, arguments, words):
-  arguments = [a.format(series=series, tmp=tmp_path) for a in arguments]
-  result = launch('convert', f'--run_dir={tmp_path}/run', *arguments)
+def test_bad_input_is_one_sentence_on_the_command_line(series, tmp_path):
+  result = launch('convert', f'--run_dir={tmp_path}/run', f'--source={series}')
   assert result.returncode == 2, result.stdout + result.stderr
-  assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+  assert result.stderr == f"error: --revision='': {series} has {REVISION}\n"
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda series, run: export_run(run, run.path / 'out'), 'is not a run directory'),
+    (lambda series, run: find_source(str(run.path / 'absent')), 'is neither a folder that exists'),
+    (lambda series, run: find_source(str(series / REVISION), 'step1'), 'is one checkpoint'),
+    (lambda series, run: import_run(find_source(str(series / REVISION)), run,
+                                    [('model.d_ff', '64')]), 'parameter blocks.mlp.down is'),
+    (lambda series, run: import_run(find_source(str(series / REVISION)), run,
+                                    [('mesh.data', '99')]), 'needs 99 devices'),
+    (lambda series, run: import_run(find_source(str(series / REVISION)), run,
+                                    [('monitors.suite', 'none.jsonl')]), 'none.jsonl'),
+])
+def test_bad_input_is_one_sentence_before_anything_is_written(series, tmp_path, call, words):
+  with pytest.raises(UserError) as error:
+    call(series, RunDir(tmp_path / 'run'))
+  assert words in str(error.value) and '\n' not in str(error.value)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_an_export_names_the_steps_there_are(run_dir, tmp_path):
+  with pytest.raises(UserError, match=r'--step=7: .* snapshots of steps \[300\]'):
+    export_run(run_dir, tmp_path / 'out', 7)
 
 
 def test_an_imported_run_has_no_optimizer_state_to_start_from(run_dir):

@@ -122,7 +122,7 @@ def test_an_import_holds_less_than_two_tensors_beyond_the_parameters(tmp_path, n
   measured = json.loads(result.stdout.splitlines()[-1])
   print(measured)
   assert measured['equal']
-  assert measured['largest'] == 32768 * 512 * np.dtype('float32' if dtype == 'float32' else 'uint16').itemsize
+  assert measured['largest'] == 32768 * 512 * {'float32': 4, 'bfloat16': 2}[dtype]
   assert 0 < measured['beyond'] < 2 * measured['largest']
 
 
@@ -154,40 +154,44 @@ READ = '''
 import sys
 from research.dynamics.public import PublicSeries
 from research.errors import UserError
-try:
-  series = PublicSeries(sys.argv[1], sys.argv[2])
-  print(series.names, float(series.leaf(series.names[0], 'final_norm.scale').sum()))
-except UserError as error:
-  print('error:', error)
+for location in sys.argv[1:]:
+  try:
+    series = PublicSeries(*location.split(':'))
+    print(series.names, float(series.leaf(series.names[0], 'final_norm.scale').sum()))
+  except UserError as error:
+    print('error:', error)
 '''
 
 
-def read_hub(hub: Hub, cache: pathlib.Path, repository: str, pattern: str = '*step*') -> str:
-  """Returns what a program of its own prints about a series: huggingface_hub reads its settings once."""
+def read_hub(hub: Hub, cache: pathlib.Path, *locations: str) -> list[str]:
+  """Returns what a program of its own prints of each series, a line each.
+
+  huggingface_hub reads its settings once per process.
+  """
   result = subprocess.run(
-      [sys.executable, '-c', READ, repository, pattern], cwd=ROOT, text=True, capture_output=True,
+      [sys.executable, '-c', READ, *locations], cwd=ROOT, text=True, capture_output=True,
       check=False, env={**os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(cache),
                         'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_TOKEN': ''})
   assert result.returncode == 0, result.stderr[-3000:]
-  return result.stdout.strip()
+  return result.stdout.splitlines()
 
 
 def test_a_repository_is_fetched_once_and_known_without_a_network(folder, tmp_path):
   hub = Hub(folder)
-  expected = PublicSeries(str(folder)).leaf(NAMES[1], 'final_norm.scale').sum()
-  wanted = f'{[NAMES[1], NAMES[0], NAMES[2]]} {float(expected)}'
-  assert read_hub(hub, tmp_path, 'owner/model') == wanted
-  n_files = sum('resolve' in line and line.startswith('GET') for line in hub.asked)
-  assert n_files == 3  # config.json, model.safetensors, tokenizer.json of one revision
-  assert read_hub(hub, tmp_path, 'owner/model') == wanted
-  assert sum('resolve' in line and line.startswith('GET') for line in hub.asked) == n_files
-  assert "no revision matches 'step7'" in read_hub(hub, tmp_path, 'owner/model', 'step7')
-  said = read_hub(hub, tmp_path, 'owner/hidden')
-  assert said.startswith('error: owner/hidden is no public repository') and '\n' not in said
+  expected = float(PublicSeries(str(folder)).leaf(NAMES[1], 'final_norm.scale').sum())
+  wanted = f'{[NAMES[1], NAMES[0], NAMES[2]]} {expected}'
+  assert read_hub(hub, tmp_path, 'owner/model') == [wanted]
+  fetched = [line for line in hub.asked if line.startswith('GET') and 'resolve' in line]
+  assert len(fetched) == 3  # config.json, model.safetensors, tokenizer.json of one revision
+  again, no_match, hidden = read_hub(
+      hub, tmp_path, 'owner/model', 'owner/model:step7', 'owner/hidden')
+  assert again == wanted
+  assert fetched == [line for line in hub.asked if line.startswith('GET') and 'resolve' in line]
+  assert no_match.startswith("error: owner/model: no revision matches 'step7'; of 4 the nearest")
+  assert hidden.startswith('error: owner/hidden is no public repository')
   hub.stop()
-  assert read_hub(hub, tmp_path, 'owner/model') == f'{[NAMES[1]]} {float(expected)}'
-  said = read_hub(hub, tmp_path, 'owner/other')
-  assert said == ('error: owner/other is not in the cache and huggingface.co cannot be reached; go '
-                  'online once')
-  said = read_hub(hub, tmp_path, 'no such/thing/at all')
-  assert 'is neither a folder that exists nor a name like owner/repository' in said
+  cached, unknown, no_name = read_hub(hub, tmp_path, 'owner/model', 'owner/other', 'no/such/name')
+  assert cached == f'{[NAMES[1]]} {expected}'
+  assert unknown == ('error: owner/other is not in the cache and huggingface.co cannot be reached; '
+                     'go online once')
+  assert no_name.startswith("error: 'no/such/name' is neither a folder that exists nor a name like")
