@@ -89,23 +89,23 @@ class HfCheckpoint:
                          f'{CONFIG} says {shape}')
     for leaf, tensors in held.items():
       self._dtypes[leaf] = np.result_type(*{self.files.dtype(name) for name in tensors})
+    self._check_others(names - wanted.keys())
+
+  def _check_others(self, names: set[str]) -> None:
+    """Raises ValueError unless the tensors that are no parameters are known and as they should."""
     constants = dict(constants_of(self.family, self.config))
-    extra = sorted(name for name in names - wanted.keys() - constants.keys()
-                   if not any(re.fullmatch(p, name) for p in self.family.ignored))
-    if self.config.tie_embeddings:
-      heads = {row.tensor for row in self.family.rows if row.leaf == HEAD}
-      for name in heads.intersection(extra):
+    heads = {row.tensor for row in self.family.rows if row.leaf == HEAD}
+    for name in sorted(names):
+      if name in constants:
+        value = float(self.files.read(name).reshape(()))
+        if abs(value - constants[name]) > 0.05 * abs(constants[name]):  # float16 keeps 1e-6 to 3%
+          raise ValueError(f'{self.folder}: tensor {name} is {value}; only {constants[name]} is '
+                           'supported')
+      elif self.config.tie_embeddings and name in heads:
         self._check_tied(name)
-        extra.remove(name)
-    if extra:
-      raise ValueError(f'{self.folder} has tensor {extra[0]}, which model_type='
-                       f'{self.family.model_type!r} with this {CONFIG} does not know'
-                       + (f', and {len(extra) - 1} more' if len(extra) > 1 else ''))
-    for name in names & constants.keys():
-      value = float(self.files.read(name).reshape(()))
-      if abs(value - constants[name]) > 0.05 * abs(constants[name]):  # float16 keeps 1e-6 to 3%
-        raise ValueError(f'{self.folder}: tensor {name} is {value}; only {constants[name]} is '
-                         'supported')
+      elif not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+        raise ValueError(f'{self.folder} has tensor {name}, which model_type='
+                         f'{self.family.model_type!r} with this {CONFIG} does not know')
 
   def _check_tied(self, name: str, rows: int = 1024) -> None:
     """Raises ValueError unless a stored output embedding equals the input one it is tied to."""

@@ -60,21 +60,26 @@ def _activation(hf: Mapping[str, Any], family: Family) -> str:
   return family.activations[name]
 
 
-def _layer_types(hf: Mapping[str, Any], family: Family) -> Optional[list[str]]:
-  """Returns the kind of each layer, None where all are full."""
-  n_layers, window = hf['num_hidden_layers'], hf.get('sliding_window')
+def _given_types(
+  hf: Mapping[str, Any], family: Family, window: Optional[int]
+) -> Optional[list[str]]:
+  """Returns the kind of each layer, given or by the family's rule; None where all are full."""
+  n_layers, types = hf['num_hidden_layers'], hf.get('layer_types')
   if family.windows == 'all':
     return ['sliding_attention'] * n_layers if window else None
-  if family.windows == 'max_window_layers' and not hf.get('use_sliding_window'):
-    window = None
-  types = hf.get('layer_types')
-  if types is None and family.windows == 'layer_types':
-    types = ['full_attention' if (i + 1) % 4 == 0 else 'sliding_attention' for i in range(n_layers)]
-  if types is None and family.windows == 'max_window_layers' and window:
+  if types is not None:
+    return types
+  full = ['full_attention'] * n_layers
+  if family.windows == 'layer_types':
+    return [full[i] if (i + 1) % 4 == 0 else 'sliding_attention' for i in range(n_layers)]
+  if family.windows == 'max_window_layers' and window:
     first = hf.get('max_window_layers') or 0
-    types = ['sliding_attention' if i >= first else 'full_attention' for i in range(n_layers)]
-  if types is None:
-    return None
+    return full[:first] + ['sliding_attention'] * (n_layers - first)
+  return None
+
+
+def _check_types(types: list[str], family: Family, n_layers: int, window: Optional[int]) -> None:
+  """Raises ValueError for kinds of layers that do not fit the model."""
   if not family.windows and set(types) != {'full_attention'}:
     raise ValueError(f'layer_types={types} is not supported in model_type={family.model_type!r}')
   if unknown := sorted(set(types) - KINDS.keys()):
@@ -83,21 +88,24 @@ def _layer_types(hf: Mapping[str, Any], family: Family) -> Optional[list[str]]:
     raise ValueError(f'layer_types has {len(types)} entries for num_hidden_layers={n_layers}')
   if 'sliding_attention' in types and not window:
     raise ValueError(f'layer_types has sliding layers but sliding_window={window!r}')
-  return types
 
 
 def _pattern(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
   """Returns the fields `layer_pattern` (its shortest period) and `window`."""
-  types = _layer_types(hf, family)
+  window = hf.get('sliding_window')
+  if family.windows == 'max_window_layers' and not hf.get('use_sliding_window'):
+    window = None
+  types = _given_types(hf, family, window)
   if types is None:
     return {}
+  _check_types(types, family, hf['num_hidden_layers'], window)
   kinds = [KINDS[name] for name in types]
   period = next(
     n for n in range(1, len(kinds) + 1)
     if all(kind == kinds[i % n] for i, kind in enumerate(kinds))
   )
-  window = {'window': hf['sliding_window']} if 'sliding' in kinds else {}
-  return {'layer_pattern': tuple(kinds[:period]), **window}
+  fields = {'window': window} if 'sliding' in kinds else {}
+  return {'layer_pattern': tuple(kinds[:period]), **fields}
 
 
 def _sizes(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
