@@ -10,7 +10,9 @@ from models.interop.rope import KINDS, rope_of, rope_parameters
 
 DTYPES = {'float32': 'float32', 'bfloat16': 'bfloat16', 'float16': 'float32'}
 # Settings that change what any model computes, and the values that ours computes.
-COMPUTED = {'quantization_config': (None,), 'add_cross_attention': FALSE, 'is_encoder_decoder': FALSE}
+COMPUTED = {
+  'quantization_config': (None,), 'add_cross_attention': FALSE, 'is_encoder_decoder': FALSE,
+}
 KIND_NAMES = {ours: theirs for theirs, ours in KINDS.items()}
 
 
@@ -33,7 +35,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
 
 
 def _required(hf: Mapping[str, Any], family: Family) -> None:
-  """Raises ValueError for keys that are missing, or settings that our model does not compute."""
+  """Raises ValueError for missing keys and for settings that our model does not compute."""
   needed = [*REQUIRED, family.eps]
   needed += ['num_key_value_heads'] * (family.own_kv_heads == 'must')
   needed += ['head_dim'] * (family.own_head_dim == 'must')
@@ -46,7 +48,8 @@ def _required(hf: Mapping[str, Any], family: Family) -> None:
     )
   for key, values in {**COMPUTED, **family.computed}.items():
     if hf.get(key) not in values:
-      raise ValueError(f'{key}={hf[key]!r} is not supported in model_type={family.model_type!r}')
+      raise ValueError(
+        f'{key}={hf[key]!r} is not supported in model_type={family.model_type!r}')
 
 
 def _activation(hf: Mapping[str, Any], family: Family) -> str:
@@ -78,12 +81,16 @@ def _given_types(
   return None
 
 
-def _check_types(types: list[str], family: Family, n_layers: int, window: Optional[int]) -> None:
+def _check_types(
+  types: list[str], family: Family, n_layers: int, window: Optional[int]
+) -> None:
   """Raises ValueError for kinds of layers that do not fit the model."""
   if not family.windows and set(types) != {'full_attention'}:
-    raise ValueError(f'layer_types={types} is not supported in model_type={family.model_type!r}')
+    raise ValueError(
+      f'layer_types={types} is not supported in model_type={family.model_type!r}')
   if unknown := sorted(set(types) - KINDS.keys()):
-    raise ValueError(f'layer_types entry {unknown[0]!r} is not supported; {", ".join(KINDS)} are')
+    raise ValueError(
+      f'layer_types entry {unknown[0]!r} is not supported; {", ".join(KINDS)} are')
   if len(types) != n_layers:
     raise ValueError(f'layer_types has {len(types)} entries for num_hidden_layers={n_layers}')
   if 'sliding_attention' in types and not window:
@@ -112,18 +119,20 @@ def _sizes(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
   """Returns the fields of sizes and of experts."""
   fields = {ours: hf[theirs] for theirs, ours in REQUIRED.items()}
   heads, width = fields['n_heads'], fields['d_model']
-  fields['n_kv_heads'] = (hf.get('num_key_value_heads') if family.own_kv_heads else None) or heads
+  kv_heads = hf.get('num_key_value_heads') if family.own_kv_heads else None
+  fields['n_kv_heads'] = kv_heads or heads
   if not hf.get('head_dim') and width % heads:
     raise ValueError(f'hidden_size={width} is not a multiple of num_attention_heads={heads}')
   fields['d_head'] = hf.get('head_dim') or width // heads
   if not family.own_head_dim and fields['d_head'] * heads != width:
     raise ValueError(
-      f'head_dim={fields["d_head"]} times num_attention_heads={heads} is not hidden_size={width}, '
-      f'as model_type={family.model_type!r} needs'
+      f'head_dim={fields["d_head"]} times num_attention_heads={heads} is not hidden_size='
+      f'{width}, as model_type={family.model_type!r} needs'
     )
   if family.model_type == 'mixtral':
     fields['moe'] = MoEConfig(
-      n_experts=hf['num_local_experts'], top_k=hf['num_experts_per_tok'], d_expert=fields['d_ff'])
+      n_experts=hf['num_local_experts'], top_k=hf['num_experts_per_tok'],
+      d_expert=fields['d_ff'])
   return fields
 
 
@@ -181,7 +190,8 @@ def _described(config: ModelConfig, family: Family, dtype: str) -> dict[str, Any
   hf |= {
     family.eps: config.norm_eps, 'tie_word_embeddings': config.tie_embeddings,
     'hidden_act': next(k for k, v in family.activations.items() if v == config.mlp),
-    'rope_parameters': rope_parameters(config, partial=family.partial, per_kind=family.per_kind),
+    'rope_parameters': rope_parameters(
+      config, partial=family.partial, per_kind=family.per_kind),
     'initializer_range': config.init_std, **_window_keys(config, family),
   }
   if family.own_kv_heads:

@@ -20,7 +20,8 @@ FIELDS: dict[str, dict[str, tuple[str, Optional[float]]]] = {
     'high_freq_factor': ('high_freq_factor', None),
   },
   'yarn': {
-    'factor': ('factor', None), 'beta_fast': ('beta_fast', 32.0), 'beta_slow': ('beta_slow', 1.0),
+    'factor': ('factor', None), 'beta_fast': ('beta_fast', 32.0),
+    'beta_slow': ('beta_slow', 1.0),
   },
 }
 STRETCHED = ('llama3', 'yarn')  # those that know the context before stretching
@@ -67,10 +68,13 @@ def _scaled(
   return RopeConfig(theta=float(theta), fraction=fraction, scaling=scaling, **fields)
 
 
-def _fraction(hf: Mapping[str, Any], given: Mapping[str, Any], where: str, partial: float) -> float:
+def _fraction(
+  hf: Mapping[str, Any], given: Mapping[str, Any], where: str, partial: float
+) -> float:
   """Returns the rotated share of a head; `partial` is the family's own, 1 when it has none."""
-  keys = (given.get('partial_rotary_factor'), hf.get('partial_rotary_factor'), hf.get('rotary_pct'))
-  value = next((float(v) for v in keys if v is not None), partial)
+  name = 'partial_rotary_factor'
+  stated = given.get(name), hf.get(name), hf.get('rotary_pct')
+  value = next((float(v) for v in stated if v is not None), partial)
   if partial == 1 and value != 1:
     raise ValueError(f'{where}: partial_rotary_factor={value} is not supported in this family')
   return value
@@ -151,4 +155,5 @@ def rope_parameters(
   """Returns today's `rope_parameters` of a model."""
   if not per_kind:
     return _as_parameters(config.rope, partial != 1)
-  return {theirs: _as_parameters(config.kind_rope(ours), False) for theirs, ours in KINDS.items()}
+  return {theirs: _as_parameters(config.kind_rope(ours), False)
+          for theirs, ours in KINDS.items()}

@@ -24,7 +24,8 @@ from research.training.snapshots import SnapshotReader
 from research.training.start import find_parent
 from tests.launchers.test_launchers import launch
 from tests.models import hf_cases
-from tests.models.hf_running import PYTHON, as_tree, layer_by_layer, run_witness, transformers_python
+from tests.models.hf_running import (
+    PYTHON, as_tree, layer_by_layer, run_witness, transformers_python)
 
 REVISION = 'stage1-step300-tokens2B'
 TRAIN = {'n_steps': 3, 'checkpoints.every': 3, 'checkpoints.snapshot_every': 3,

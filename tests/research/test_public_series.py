@@ -22,7 +22,8 @@ from tests.models import hf_cases
 from tests.research.hub_server import Hub
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-NAMES = ('stage1-step2000-tokens9B', 'stage1-step1000-tokens4.5B', 'stage2-step500-tokens1B', 'main')
+NAMES = ('stage1-step2000-tokens9B', 'stage1-step1000-tokens4.5B', 'stage2-step500-tokens1B',
+         'main')
 
 
 @pytest.fixture(scope='module')
