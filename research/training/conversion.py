@@ -81,7 +81,7 @@ def _step(name: str) -> int:
 
 def imported_config(checkpoint: HfCheckpoint, name: str, step: int,
                     overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:
-  """Returns the config of an imported run; raises UserError for overrides that change its shapes."""
+  """Returns the config of an imported run; raises UserError for overrides that change shapes."""
   base = ExperimentConfig()
   stored = 'bfloat16' if checkpoint.dtypes == {'bfloat16'} else 'float32'
   config = overrides_lib.apply(dataclasses.replace(
@@ -139,7 +139,8 @@ def import_run(source: Source, run_dir: RunDir, overrides: Sequence[tuple[str, s
         'starts': [manifest_lib.start_facts(source.step, {})], 'start_id': start_id, 'data': {},
         'hashes': {'data': '', 'tokenizer': tokenizer.hash},
         'imported': {'source': source.name, 'folder': str(source.folder.resolve()),
-                     'model_type': checkpoint.family.model_type, 'dtypes': sorted(checkpoint.dtypes)}})
+                     'model_type': checkpoint.family.model_type,
+                     'dtypes': sorted(checkpoint.dtypes)}})
     _write(run_dir, config, built, checkpoint, source.step, (items, tokenizer, start_id), say)
     write_whole(run_dir.done, json.dumps({'step': source.step}) + '\n')
     say(f'step {source.step} of {source.name} is in {run_dir.path}')
