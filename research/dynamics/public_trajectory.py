@@ -17,7 +17,6 @@ from models.interop.checkpoint import HfCheckpoint, leaf_shapes
 from models.interop.files import CONFIG
 from research import config as config_lib
 from research.config import ExperimentConfig
-from research.data.tokenizers import Tokenizer
 from research.dynamics.public import TOKENIZER, PublicSeries, UnusableError
 from research.dynamics.revisions import Folder, Revision, parse, place_of
 from research.errors import UserError
@@ -92,6 +91,13 @@ class PublicTrajectory:
   def folder(self, step: int, *files: Sequence[str]) -> pathlib.Path:
     """Returns the folder of a revision with the files of these patterns, fetched if need be."""
     return self._series.folder(self.name_of(step), *files)
+
+  def file_sizes(self, step: int) -> dict[str, int]:
+    """Returns the bytes of each file of a revision in a folder; {} for one in a repository."""
+    if not pathlib.Path(self.location).expanduser().is_dir():
+      return {}
+    return {path.name: path.stat().st_size for path in sorted(self.folder(step).iterdir())
+            if path.is_file()}
 
   @functools.cached_property
   def model(self) -> ModelConfig:
@@ -184,10 +190,6 @@ class PublicTrajectory:
     """Returns '': public revisions record no hashes."""
     return ''
 
-  def open_tokenizer(self) -> Tokenizer:
-    """Returns the tokenizer of the first revision that has one; raises UserError without any."""
-    return self._series.tokenizer(self.tokenizer_folder().name)
-
 
 def find_series(location: str) -> PublicTrajectory | None:
   """Returns the public series of a location, None for what is none.
@@ -199,7 +201,8 @@ def find_series(location: str) -> PublicTrajectory | None:
     UserError: a repository cannot be reached or there is none of that name; a pattern matches
       nothing.
   """
-  place, at, pattern = location.partition('@')
+  whole = pathlib.Path(location).expanduser().is_dir()
+  place, at, pattern = (location, '', '') if whole else location.partition('@')
   path = pathlib.Path(place).expanduser()
   if path.is_dir():
     if not at and not any(map(parse, Folder(path).names())):
