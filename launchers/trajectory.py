@@ -1,4 +1,4 @@
-r"""Looks into the checkpoints of a run: lists, audits, averages and measures them.
+r"""Looks into the checkpoints of a run or a public series: lists, audits, averages, measures.
 
   python -m launchers.trajectory list runs/quickstart
   python -m launchers.trajectory audit runs/quickstart --table=norms.parquet
@@ -6,6 +6,8 @@ r"""Looks into the checkpoints of a run: lists, audits, averages and measures th
   python -m launchers.trajectory average runs/quickstart --last=10 --decay=0.8 --to=runs/ema
   python -m launchers.trajectory interpolate runs/quickstart --steps=600,2400 --at=0.5 --to=runs/half
   python -m launchers.trajectory distance runs/quickstart --last=100 --table=distances.csv
+  python -m launchers.trajectory audit folder/of/revisions
+  python -m launchers.trajectory list owner/repository@'stage1-step*'
 
 list         steps, tokens seen and where each checkpoint lies
 audit        reads every tensor and names what is missing, truncated, changed, swapped, duplicated,
@@ -15,7 +17,9 @@ average      uniform mean of checkpoints, or with --decay their exponential movi
 interpolate  the point --at on the line between two checkpoints
 distance     distances between checkpoints, and whether the way between them closes a cycle
 
-What average and interpolate write is a run directory: launchers.score scores it, launchers.sample
+A public series is a folder with a sub-folder for each revision, or a repository; those of which the
+name says the step are its checkpoints, or those that a pattern after @ matches. What average and
+interpolate, which need a run of our own, write is a run directory: launchers.score scores it, launchers.sample
 writes texts with it, and --config.start.run_dir trains on from it.
 """
 

@@ -5,7 +5,7 @@ from absl import flags
 from launchers.trajectory_looks import LAST, STEPS
 from research.dynamics import paths
 from research.dynamics.derived import check_target, chosen_steps, write_derived
-from research.dynamics.trajectory import open_trajectory
+from research.dynamics.trajectory import RunTrajectory, open_trajectory
 from research.errors import UserError
 from research.run_dir import RunDir
 
@@ -22,9 +22,17 @@ def _target() -> RunDir:
   return target
 
 
+def _own(location: str) -> RunTrajectory:
+  trajectory = open_trajectory(location)
+  if not isinstance(trajectory, RunTrajectory):
+    raise UserError(f'{location} is a public series, without what a run directory needs; import '
+                    'revisions with launchers.convert and average those of a run')
+  return trajectory
+
+
 def average(location: str) -> None:
   """Writes the mean or the moving average of checkpoints as a run directory."""
-  target, trajectory = _target(), open_trajectory(location)
+  target, trajectory = _target(), _own(location)
   steps = chosen_steps(trajectory, STEPS.value, LAST.value)
   weights = (paths.ema_weights(len(steps), DECAY.value) if DECAY.value
              else paths.uniform_weights(len(steps)))
@@ -35,7 +43,7 @@ def average(location: str) -> None:
 
 def interpolate(location: str) -> None:
   """Writes the point --at between two checkpoints as a run directory."""
-  target, trajectory = _target(), open_trajectory(location)
+  target, trajectory = _target(), _own(location)
   steps = chosen_steps(trajectory, STEPS.value, 2)
   if len(steps) != 2:
     raise UserError(f'--steps={",".join(STEPS.value)} must be two steps')

@@ -126,6 +126,11 @@ class HfCheckpoint:
     """Returns the dtype in which a parameter is stored, the common one of all its tensors."""
     return self._dtypes[leaf]
 
+  def file_of(self, leaf: str) -> pathlib.Path:
+    """Returns the file that holds a parameter, the first one where there are several."""
+    name, _, _ = next(tensors_of(self.rows[leaf], self.config))
+    return self.files.path_of(name)
+
   @property
   def dtypes(self) -> set[str]:
     """Returns the names of all dtypes of parameters."""

@@ -15,6 +15,14 @@ DTYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16),
 SHARD_BYTES = 1 << 30
 
 
+class WeightFileError(ValueError):
+  """A file of weights is missing or damaged; `path` is that file."""
+
+  def __init__(self, message: str, path: pathlib.Path):
+    super().__init__(message)
+    self.path = path
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Returns a JSON object of a file; raises ValueError when it is missing or none."""
   if not path.is_file():
@@ -45,7 +53,7 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
       raise ValueError(f'{folder} has {there}; {SINGLE} or {INDEX} is needed')
   for path in shards:
     if not path.is_file():
-      raise ValueError(f'{folder} lacks {path.name}, a shard that {INDEX} names')
+      raise WeightFileError(f'{folder} lacks {path.name}, a shard that {INDEX} names', path)
   return shards
 
 
@@ -57,15 +65,16 @@ class WeightFiles:
     self.folder = folder
     self._file_of: dict[str, Any] = {}
     self._slices: dict[str, Any] = {}
+    self._paths: dict[str, pathlib.Path] = {}
     for path in _shards(folder):
       try:
         file = safetensors.safe_open(path, framework='np')
       except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
+        raise WeightFileError(f'{path} is not a whole safetensors file: {error}', path) from error
       for name in file.keys():
         if name in self._file_of:
           raise ValueError(f'{folder}: tensor {name} is in two files, one of them {path.name}')
-        self._file_of[name] = file
+        self._file_of[name], self._paths[name] = file, path
     if (folder / INDEX).is_file():
       absent = read_json(folder / INDEX)['weight_map'].keys() - self._file_of.keys()
       if absent:
@@ -76,6 +85,10 @@ class WeightFiles:
   def names(self) -> set[str]:
     """Returns the names of all tensors."""
     return set(self._file_of)
+
+  def path_of(self, name: str) -> pathlib.Path:
+    """Returns the file that holds a tensor."""
+    return self._paths[name]
 
   def _slice(self, name: str) -> Any:
     """Returns the lazy tensor."""

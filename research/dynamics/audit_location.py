@@ -5,21 +5,55 @@ from collections.abc import Callable
 from research.dynamics.audit import audit_series
 from research.dynamics.audit_content import Finding, Followed
 from research.dynamics.audit_run import audit_run
+from research.dynamics.public import UnusableError
+from research.dynamics.public_trajectory import PublicTrajectory
 from research.dynamics.trajectory import open_trajectory
 from research.run_dir import RunDir
+from research.training import manifest as manifest_lib
+
+Progress = Callable[[str, int, int], None]
+Audit = tuple[list[Finding], dict[str, Followed]]
 
 
-def audit_location(location: str, progress: Callable[[str, int, int], None] | None = None
-                   ) -> tuple[list[Finding], dict[str, Followed]]:
+def audit_location(location: str, progress: Progress | None = None) -> Audit:
   """Returns all that is wrong with a trajectory, and the history of each of its tensors.
 
-  Of a run the files, hashes, records and learning rates are judged too; of anything else the
-  tensors alone.
+  Of a run the files, hashes, records and learning rates are judged too; of a public series whether
+  its files are whole, and the tensors.
 
   Raises:
     UserError: there is no trajectory.
   """
   run_dir = RunDir(location)
-  if run_dir.manifest_json.exists() and run_dir.config_json.exists():
-    return audit_run(run_dir, progress)
-  return audit_series(open_trajectory(location), progress=progress)
+  if run_dir.config_json.exists() and 'series' not in (manifest_lib.read(run_dir) or {'series': {}}):
+    return audit_run(run_dir, progress)  # Where nothing is left to open, that is a finding.
+  return audit_public(open_trajectory(location), progress)
+
+
+def audit_public(trajectory: PublicTrajectory, progress: Progress | None = None) -> Audit:
+  """Returns what is wrong with a public series: revisions that cannot be used, each once, then
+  what the tensors of the others say. Tensors are read one at a time, a few revisions of one in
+  memory at once; but all the files must fit on the disk."""
+  findings, sound = [], []
+  for number, step in enumerate(trajectory.steps):
+    if progress:
+      progress(f'opening {trajectory.name_of(step)}', number, len(trajectory.steps))
+    try:
+      trajectory.checkpoint(step)
+      sound.append(step)
+    except UnusableError as error:
+      findings.append(Finding('damaged', step, str(error.path), '', str(error)))
+  histories: dict[str, Followed] = {}
+  if sound:
+    more, histories = audit_series(trajectory.only(sound), progress=progress)
+    findings += more
+  return sorted((_named(trajectory, finding) for finding in findings),
+                key=lambda finding: finding.step), histories
+
+
+def _named(trajectory: PublicTrajectory, finding: Finding) -> Finding:
+  """Returns a finding that names its revision, which the files in a cache do not."""
+  name = trajectory.name_of(finding.step)
+  if name in finding.file:
+    return finding
+  return finding._replace(problem=f'{finding.problem} (revision {name})')

@@ -17,7 +17,7 @@ import numpy as np
 
 from models import transformer
 from research import config as config_lib
-from research.dynamics.trajectory import RunTrajectory
+from research.dynamics.trajectory import RunTrajectory, Trajectory
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 from research.training import hashes
@@ -85,7 +85,7 @@ def _write_records(target: RunDir, trajectory: RunTrajectory, config: Any, made_
     shutil.copy(source.monitor_items, target.monitor_items)
 
 
-def chosen_steps(trajectory: RunTrajectory, steps: Sequence[str], last: int) -> list[int]:
+def chosen_steps(trajectory: Trajectory, steps: Sequence[str], last: int) -> list[int]:
   """Returns the steps that a command names, or the last so many of the trajectory.
 
   Raises:
@@ -101,7 +101,7 @@ def chosen_steps(trajectory: RunTrajectory, steps: Sequence[str], last: int) -> 
   missing = sorted(set(wanted) - set(trajectory.steps))
   if missing:
     near = min(trajectory.steps, key=lambda step: abs(step - missing[0]))
-    raise UserError(f'--steps={missing[0]}: no such checkpoint in {trajectory.run_dir.path}; the '
+    raise UserError(f'--steps={missing[0]}: no such checkpoint in {trajectory.location}; the '
                     f'nearest is {near}')
   if len(wanted) < 2:
     raise UserError(f'{len(wanted)} checkpoint is not enough; give two or more with --steps')

@@ -15,17 +15,26 @@ from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
 from research.dynamics.revisions import Revision, chosen, place_of
 from research.errors import UserError
+from research.training.stored import DamagedError
 from research.training.streaming import place_streamed
 
 TOKENIZER = ('tokenizer.json', 'tokenizer_config.json')
 
 
+class UnusableError(DamagedError):
+  """A checkpoint is not whole, or no model of ours; `path` is the file or folder to blame."""
+
+  def __init__(self, message: str, path: pathlib.Path):
+    super().__init__(message)
+    self.path = path
+
+
 def open_checkpoint(folder: pathlib.Path) -> HfCheckpoint:
-  """Returns the checkpoint of a folder; raises UserError for one that cannot be used."""
+  """Returns the checkpoint of a folder; raises UnusableError for one that cannot be used."""
   try:
     return HfCheckpoint(folder)
   except ValueError as error:
-    raise UserError(str(error)) from error
+    raise UnusableError(str(error), getattr(error, 'path', folder)) from error
 
 
 def open_tokenizer(folder: pathlib.Path, config: ModelConfig) -> Tokenizer:
@@ -80,20 +89,20 @@ class PublicSeries:
 
   def config(self, name: str) -> ModelConfig:
     """Returns the model of a revision; fetches no weights."""
-    folder = self._folder(name, (CONFIG,))
+    path = self.folder(name, (CONFIG,)) / CONFIG
     try:
-      return model_config(read_json(folder / CONFIG))
+      return model_config(read_json(path))
     except ValueError as error:
-      raise UserError(f'{self.location}, revision {name}: {error}') from error
+      raise UnusableError(f'{self.location}, revision {name}: {error}', path) from error
 
   def tokenizer(self, name: str) -> Tokenizer:
     """Returns the tokenizer of a revision; fetches no weights."""
-    return open_tokenizer(self._folder(name, (CONFIG, *TOKENIZER)), self.config(name))
+    return open_tokenizer(self.folder(name, (CONFIG, *TOKENIZER)), self.config(name))
 
   def checkpoint(self, name: str) -> HfCheckpoint:
     """Returns a revision's files, fetched if need be and checked against its config.json."""
     if name not in self._open:
-      self._open[name] = open_checkpoint(self._folder(name))
+      self._open[name] = open_checkpoint(self.folder(name))
     return self._open[name]
 
   def params(self, name: str, abstract: Any,
@@ -119,7 +128,8 @@ class PublicSeries:
     """Lets go of a revision's open files."""
     self._open.pop(name, None)
 
-  def _folder(self, name: str, *files) -> pathlib.Path:
+  def folder(self, name: str, *files) -> pathlib.Path:
+    """Returns a revision's folder, with the files of these patterns (all, without) in it."""
     if name not in self._by_name:
       raise UserError(f'{self.location} has no revision {name} in this series; it has '
                       f'{", ".join(self.names[:5])}{"..." if len(self.names) > 5 else ""}')

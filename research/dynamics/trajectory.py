@@ -23,14 +23,14 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from research import config as config_lib
 from research.config import ExperimentConfig
 from research.data.batches import Source, make_source, window_documents
+from research.dynamics.public_trajectory import PublicTrajectory, find_series
 from research.dynamics.series import CheckpointSeries, SnapshotSeries
 from research.errors import UserError
-from research.monitors.table import scores_name
+from research.monitors.table import score_table
 from research.run_dir import CACHE, RunDir
 from research.training.logs import read_rows
 from research.training.snapshots import leaf_names
@@ -39,6 +39,8 @@ from research.training.snapshots import leaf_names
 class Trajectory(Protocol):
   """What all analysis takes; also a `research.dynamics.series.Series`."""
 
+  location: str
+  config: ExperimentConfig
   steps: list[int]
   names: list[str]
 
@@ -68,7 +70,7 @@ class RunTrajectory:
   """The trajectory of a run directory: its snapshots, and full checkpoints where there is none.
 
   Attributes:
-    run_dir: where it lies.
+    run_dir, location: where it lies.
     config: what was run.
     manifest: what it was made from.
     steps: steps of snapshots and full checkpoints, ascending.
@@ -76,7 +78,7 @@ class RunTrajectory:
   """
 
   def __init__(self, run_dir: RunDir):
-    self.run_dir = run_dir
+    self.run_dir, self.location = run_dir, str(run_dir.path)
     self.config: ExperimentConfig = config_lib.from_json(
         run_dir.config_json.read_text(encoding='utf-8'))
     self.manifest = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))
@@ -152,15 +154,8 @@ class RunTrajectory:
 
     An empty table without columns if the run was not monitored.
     """
-    if not self.run_dir.monitor_items.exists():
-      return pa.table({})
-    paths = [self.run_dir.monitor_scores / scores_name(step) for step in self.steps]
-    scored = pa.concat_tables([pq.read_table(path) for path in paths if path.exists()])
-    items = pq.read_table(self.run_dir.monitor_items, columns=[
-        'item', 'item_id', 'family', 'dataset', 'seed', 'variant', 'is_control'])
-    tokens = pa.array([self.tokens(step) for step in scored['step'].to_pylist()], pa.int64())
-    joined = scored.append_column('tokens', tokens).join(items, 'item')
-    return joined.sort_by([('step', 'ascending'), ('item', 'ascending')])
+    return score_table(self.run_dir.monitor_items, self.run_dir.monitor_scores, self.steps,
+                       self.tokens)
 
   @functools.cached_property
   def source(self) -> Source:
@@ -190,16 +185,31 @@ class RunTrajectory:
 
 
 def _open_run(location: str) -> RunTrajectory | None:
+  """Returns the checkpoints of a run of ours."""
   run_dir = RunDir(location)
   return RunTrajectory(run_dir) if run_dir.manifest_json.exists() else None
 
 
+def _open_monitored(location: str) -> PublicTrajectory | None:
+  """Returns the series of which a run directory has the scores."""
+  run_dir = RunDir(location)
+  if not run_dir.manifest_json.exists():
+    return None
+  series = json.loads(run_dir.manifest_json.read_text(encoding='utf-8')).get('series')
+  return PublicTrajectory(series['source'], series['pattern'], run_dir) if series else None
+
+
 # Each returns a trajectory, or None for what is not of its kind; the first that knows it has it.
-OPENERS: list[Callable[[str], Trajectory | None]] = [_open_run]
+OPENERS: list[Callable[[str], Trajectory | None]] = [_open_monitored, _open_run, find_series]
 
 
 def open_trajectory(location: str | pathlib.Path) -> Trajectory:
-  """Returns the trajectory at a location: the directory of a run.
+  """Returns the trajectory at a location.
+
+  Args:
+    location: the directory of a run; or a public series: a folder of revisions or
+      owner/repository, either with @ and a pattern that the revisions' names match; or the run
+      directory into which a series was monitored, for its scores too.
 
   Raises:
     UserError: there is none, or it has no checkpoint.
@@ -210,4 +220,5 @@ def open_trajectory(location: str | pathlib.Path) -> Trajectory:
       if not trajectory.steps:
         raise UserError(f'{location} has neither snapshots nor checkpoints yet')
       return trajectory
-  raise UserError(f'{location} is no trajectory: a run directory has a manifest.json')
+  raise UserError(f'{location} is no trajectory: a run directory has a manifest.json, a '
+                  'public series a folder with a config.json for every step, such as step1000')

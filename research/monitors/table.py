@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -74,6 +74,29 @@ def read_scores(path: pathlib.Path) -> tuple[int, Scores]:
 def score_steps(folder: pathlib.Path) -> list[int]:
   """Returns the steps that have a file of scores, ascending."""
   return sorted(int(path.stem.removeprefix('step-')) for path in folder.glob('step-*.parquet'))
+
+
+def score_table(items_path: pathlib.Path, folder: pathlib.Path, steps: Sequence[int],
+                tokens: Callable[[int], int | None]) -> pa.Table:
+  """Returns step, tokens, item, both log-probabilities, family, dataset, seed, variant, is_control.
+
+  A row per step that was scored and item, in order; without columns where nothing was monitored.
+
+  Args:
+    items_path: the items of a run.
+    folder: of its scores.
+    steps: which of them.
+    tokens: step -> tokens seen by then, None where that is not known.
+  """
+  paths = [path for path in (folder / scores_name(step) for step in steps) if path.exists()]
+  if not items_path.exists() or not paths:
+    return pa.table({})
+  scored = pa.concat_tables([pq.read_table(path) for path in paths])
+  items = pq.read_table(items_path, columns=[
+      'item', 'item_id', 'family', 'dataset', 'seed', 'variant', 'is_control'])
+  seen = pa.array([tokens(step) for step in scored['step'].to_pylist()], pa.int64())
+  joined = scored.append_column('tokens', seen).join(items, 'item')
+  return joined.sort_by([('step', 'ascending'), ('item', 'ascending')])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ def run_facts(records: Records) -> Facts:
       ('Progress', _progress(records)),
       ('Model', _model(config, records.manifest)),
       ('Training', _training(config, records)),
+      ('Series', _series(records)),
       ('Experts', _experts(records)),
       ('Speed', _speed(records)),
       ('Machine', _machine(records.manifest, machine)),
@@ -33,6 +34,11 @@ def last_start(manifest: dict[str, Any]) -> dict[str, Any]:
   """Returns what the manifest says of the process that started last; empty before any did."""
   starts = manifest.get('starts') or [{}]
   return starts[-1]
+
+
+def is_own(manifest: dict[str, Any]) -> bool:
+  """Returns whether the run was trained here, and is neither imported nor a public series."""
+  return 'imported' not in manifest and 'series' not in manifest
 
 
 def n_parameters(manifest: dict[str, Any]) -> int | None:
@@ -94,7 +100,23 @@ def _model(config, manifest):
       ('Compute dtype', config.get('model.compute_dtype'))))
 
 
+def _series(records):
+  """What was monitored of a series that others trained."""
+  series = records.manifest.get('series')
+  if not series:
+    return []
+  monitored, left_out = series['monitored'], series['left_out']
+  return _rows((
+      ('Source', series['source']), ('Pattern', series['pattern']),
+      ('Revisions', f'{len(monitored)} of {len(monitored) + len(left_out)}'),
+      ('Findings of the audit', str(len(series['findings']))),
+      ('Monitor suite', records.config.get('monitors', {}).get('suite')),
+      *((f'Left out: {name}', why) for name, why in left_out.items())))
+
+
 def _training(config, records):
+  if not is_own(records.manifest):
+    return []  # Others know how it was trained; the config has defaults there.
   tokens = records.config.get('data', {})
   per_step = tokens.get('batch_size', 0) * tokens.get('sequence_length', 0)
   return _rows((

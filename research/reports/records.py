@@ -36,7 +36,9 @@ class Records:
 
   @property
   def n_steps(self) -> int | None:
-    """The step at which the run, or the replay, is meant to end."""
+    """The step at which the run, the replay or the series is meant to end."""
+    if self.manifest.get('series'):
+      return max(map(int, self.manifest['series']['monitored']))
     replayed = self.manifest.get('replay')
     return replayed['steps'][1] if replayed else self.config.get('n_steps')
 

@@ -79,11 +79,13 @@ def read_examples(items_path: pathlib.Path) -> dict[str, sections.Example]:
 def _kicker(analysis, records):
   data = records.config.get('data', {}).get('kind')
   parts = [f'Trained on {data}' if data else 'Run']
+  if not facts.is_own(records.manifest):
+    parts = [f'Weights of {records.config["name"]}']
   if len(analysis.steps):
     families = [*analysis.families, *analysis.control_families]
     parts.append(f'{words.count(sum(f.n_items for f in families), "item")} scored at '
                  f'{words.count(len(analysis.steps), "snapshot")}')
-  if 'seed' in records.config:
+  if 'seed' in records.config and facts.is_own(records.manifest):
     parts.append(f'seed {records.config["seed"]}')
   return ', '.join(parts)
 

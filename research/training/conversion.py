@@ -1,10 +1,7 @@
 """Public checkpoints as run directories, and runs as checkpoints that transformers loads."""
 
-import dataclasses
 import json
 import pathlib
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,33 +11,26 @@ import numpy as np
 
 from models import transformer
 from models.config import ModelConfig
-from models.interop.checkpoint import HfCheckpoint, exported, leaf_shapes
+from models.interop.checkpoint import HfCheckpoint, exported
 from models.interop.files import CONFIG, write_folder
-from parallelism.mesh import make_mesh
-from research import build as build_lib
 from research import config as config_lib
-from research import overrides as overrides_lib
 from research.config import ExperimentConfig
 from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
-from research.dynamics.public import TOKENIZER, open_checkpoint, open_tokenizer
+from research.dynamics.public import TOKENIZER, open_checkpoint
 from research.dynamics.revisions import FILES, Repository, parse, place_of
 from research.errors import UserError
-from research.monitors.encoding import encode_items
-from research.monitors.items import MonitorItem
-from research.monitors.watch import Watch, suite_items
 from research.run_dir import RunDir, write_whole
 from research.training import hashes
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
 from research.training.checkpoints import Checkpoints
-from research.training.logs import duration
+from research.training.imports import Imported, Progress, describe, imported_config, prepared
 from research.training.provenance import Chain, Window
 from research.training.snapshots import SnapshotReader, SnapshotWriter
 from research.training.streaming import place_streamed
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-LONGEST_ROW = 2048  # tokens per row in the config of an imported run
 
 
 class Source(NamedTuple):
@@ -79,30 +69,6 @@ def _step(name: str) -> int:
   return revision.step if revision else 0
 
 
-def imported_config(checkpoint: HfCheckpoint, name: str, step: int,
-                    overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:
-  """Returns the config of an imported run; raises UserError for overrides that change shapes."""
-  base = ExperimentConfig()
-  stored = 'bfloat16' if checkpoint.dtypes == {'bfloat16'} else 'float32'
-  config = overrides_lib.apply(dataclasses.replace(
-      base, name=name, n_steps=max(step, 1), model=checkpoint.config,
-      data=dataclasses.replace(base.data, sequence_length=min(
-          LONGEST_ROW, checkpoint.config.context_length)),
-      checkpoints=dataclasses.replace(base.checkpoints, snapshot_dtype=stored)), overrides)
-  ours = leaf_shapes(config.model)
-  for leaf in sorted(ours.keys() | checkpoint.shapes.keys()):
-    if ours.get(leaf) != checkpoint.shapes.get(leaf):
-      raise UserError(f'--config.model: parameter {leaf} is {checkpoint.shapes.get(leaf)} in '
-                      f'{checkpoint.folder} and {ours.get(leaf)} with these settings')
-  return config
-
-
-def _start_id(tokenizer: Tokenizer) -> int | None:
-  """Returns the token that the tokenizer itself puts before a text, None where it puts none."""
-  ids = tokenizer.backend.encode('', add_special_tokens=True).ids
-  return ids[0] if ids and ids[0] == tokenizer.bos_id else None
-
-
 def import_run(source: Source, run_dir: RunDir, overrides: Sequence[tuple[str, str]] = (),
                say: Callable[[str], None] = print) -> None:
   """Writes a public checkpoint as a run directory: one checkpoint, one snapshot, its scores.
@@ -115,17 +81,9 @@ def import_run(source: Source, run_dir: RunDir, overrides: Sequence[tuple[str, s
       run of another origin.
   """
   checkpoint = open_checkpoint(source.folder)
-  config = imported_config(checkpoint, source.name, source.step, overrides)
-  tokenizer = open_tokenizer(source.folder, checkpoint.config)
-  items, start_id = suite_items(config), _start_id(tokenizer)
-  if items:
-    encode_items(items, tokenizer, config.model.context_length, start_id)
-  try:
-    mesh = make_mesh(config.mesh)
-    numerics = build_lib.resolve_numerics(config, mesh)
-    built = build_lib.build(config, mesh, numerics)
-  except ValueError as error:
-    raise UserError(str(error)) from error
+  stored = 'bfloat16' if checkpoint.dtypes == {'bfloat16'} else 'float32'
+  config = imported_config(checkpoint.config, source.name, source.step, stored, overrides)
+  imported = prepared(config, checkpoint.config, source.folder)
   known = manifest_lib.read(run_dir)
   if known is not None and known.get('imported', {}).get('source') != source.name:
     raise UserError(f'--run_dir={run_dir.path} holds another run; choose another directory')
@@ -134,44 +92,26 @@ def import_run(source: Source, run_dir: RunDir, overrides: Sequence[tuple[str, s
     if run_dir.done.exists():
       say(f'imported already: {run_dir.path}')
       return
-    _describe(run_dir, config, tokenizer, source, {
-        'experiment': config.name, 'numerics': numerics, 'mesh': dict(mesh.shape), 'parent': None,
-        'starts': [manifest_lib.start_facts(source.step, {})], 'start_id': start_id, 'data': {},
-        'hashes': {'data': '', 'tokenizer': tokenizer.hash},
-        'imported': {'source': source.name, 'folder': str(source.folder.resolve()),
-                     'model_type': checkpoint.family.model_type,
-                     'dtypes': sorted(checkpoint.dtypes)}})
-    _write(run_dir, config, built, checkpoint, source.step, (items, tokenizer, start_id), say)
+    describe(run_dir, imported, source.step, {'imported': {
+        'source': source.name, 'folder': str(source.folder.resolve()),
+        'model_type': checkpoint.family.model_type, 'dtypes': sorted(checkpoint.dtypes)}})
+    _write(run_dir, imported, checkpoint, source.step, say)
     write_whole(run_dir.done, json.dumps({'step': source.step}) + '\n')
     say(f'step {source.step} of {source.name} is in {run_dir.path}')
   finally:
     run_dir.unlock()
 
 
-def _describe(run_dir: RunDir, config: ExperimentConfig, tokenizer: Tokenizer, source: Source,
-              manifest: dict[str, Any]) -> None:
-  """Writes what describes the run, its tokenizer too."""
-  manifest_lib.write(run_dir, manifest)
-  write_whole(run_dir.config_json, config_lib.as_json(config))
-  write_whole(run_dir.config_txt, config_lib.as_text(config))
-  tokenizer.save(run_dir.tokenizer_json)
-  beside = source.folder / TOKENIZER[1]
-  if beside.is_file():  # it names the special tokens
-    shutil.copyfile(beside, run_dir.tokenizer_json.with_name(TOKENIZER[1]))
-
-
-def _write(run_dir: RunDir, config: ExperimentConfig, built: build_lib.Build,
-           checkpoint: HfCheckpoint, step: int,
-           monitored: tuple[list[MonitorItem], Tokenizer, int | None],
+def _write(run_dir: RunDir, imported: Imported, checkpoint: HfCheckpoint, step: int,
            say: Callable[[str], None]) -> None:
   """Writes checkpoint, snapshot and scores of the parameters."""
-  items, tokenizer, start_id = monitored
-  progress = _Progress(checkpoint, say)
-  params = place_streamed(checkpoint.read, built.params, progress)
+  config, built = imported.config, imported.built
+  params = place_streamed(checkpoint.read, built.params, Progress(checkpoint, say))
   checkpoints = Checkpoints(run_dir.checkpoints)
   position = {'step': step, 'tokens': 0}
   if step not in checkpoints.steps:
-    chain = Chain(config, {'data': '', 'tokenizer': tokenizer.hash}, None, Window(step, (), ()))
+    origin = {'data': '', 'tokenizer': imported.tokenizer.hash}
+    chain = Chain(config, origin, None, Window(step, (), ()))
     checkpoints.save_params(step, params, position,
                             chain.record(step, hashes.digests({'params': params}), position))
   checkpoints.close()
@@ -180,26 +120,7 @@ def _write(run_dir: RunDir, config: ExperimentConfig, built: build_lib.Build,
   stored = snapshots_lib.cast(params, dtype)
   snapshots.write(step, stored, hashes.digests(stored))
   snapshots.close()
-  Watch(config, items, tokenizer, start_id, built, run_dir, step)  # scores the snapshot
-
-
-class _Progress:
-  """Says every few seconds how much was read and how long the rest takes."""
-
-  SECONDS = 5.0
-
-  def __init__(self, checkpoint: HfCheckpoint, say: Callable[[str], None]):
-    self._sizes = {leaf: int(np.prod(shape)) for leaf, shape in checkpoint.shapes.items()}
-    self._all, self._say = sum(self._sizes.values()), say
-    self._read, self._began, self._said = 0, time.perf_counter(), 0.0
-
-  def __call__(self, leaf: str) -> None:
-    self._read += self._sizes[leaf]
-    took = time.perf_counter() - self._began
-    if took - self._said > self.SECONDS:
-      self._said = took
-      left = took * (self._all - self._read) / self._read
-      self._say(f'read {self._read:,} of {self._all:,} parameters, {duration(left)} left')
+  imported.watch(run_dir, step)  # scores the snapshot
 
 
 def export_run(run_dir: RunDir, out: pathlib.Path, step: int = -1, dtype: str = '') -> int:

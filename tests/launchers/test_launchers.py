@@ -14,7 +14,7 @@ from research.run_dir import RunDir
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # All of them: a launcher that is not here has no --help that a test reads.
 LAUNCHERS = tuple(sorted(path.stem for path in (ROOT / 'launchers').glob('*.py')
-                         if '__main__' in path.read_text(encoding='utf-8')))
+                         if "__name__ == '__main__'" in path.read_text(encoding='utf-8')))
 
 
 def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess:

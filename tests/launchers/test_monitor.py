@@ -1,0 +1,141 @@
+"""A public series of 40 revisions, with faults, audited and monitored by one command each."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import save_file
+import tokenizers
+
+from research.dynamics.audit_location import audit_location
+from research.dynamics.public import UnusableError
+from research.dynamics.public_trajectory import counted_through
+from research.dynamics.revisions import parse
+from research.dynamics.trajectory import open_trajectory
+from tests.models import hf_cases
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+COPIES = {'step1300': 'step300', 'step2700': 'step2000'}  # under the name -> what lies there
+TORN, SHARDS = 'step1900', ('model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors')
+
+
+def write_revision(folder: pathlib.Path, hf: dict, tensors: dict[str, np.ndarray]) -> None:
+  folder.mkdir()
+  names = sorted(tensors)
+  weight_map = {name: SHARDS[i % 2] for i, name in enumerate(names)}
+  for shard in SHARDS:
+    save_file({name: tensors[name] for name in names if weight_map[name] == shard},
+              folder / shard, metadata={'format': 'pt'})
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
+  (folder / 'config.json').write_text(json.dumps(hf))
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f'w{i}': i for i in range(60)}))
+  words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  words.save(str(folder / 'tokenizer.json'))
+
+
+def write_items(path: pathlib.Path) -> None:
+  rng = np.random.default_rng(5)
+  rows = []
+  for number in range(24):
+    prompt = ' '.join(f'w{i}' for i in rng.integers(0, 60, 6))
+    good, short = rng.choice(60, 2, replace=False)
+    rows.append({'item_id': f'i{number}', 'family': 'flipped', 'dataset': f'd{number % 2}',
+                 'seed': number % 4, 'variant': '', 'prompt': prompt, 'generalizing': f' w{good}',
+                 'shortcut': f' w{short}', 'is_control': number % 3 == 0})
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+@pytest.fixture(scope='module')
+def series(tmp_path_factory) -> pathlib.Path:
+  """A random walk of 40 revisions, step100 to step4000."""
+  folder = tmp_path_factory.mktemp('series') / 'theirs'
+  folder.mkdir()
+  hf, rng = hf_cases.config_json('llama-default-untied'), np.random.default_rng(0)
+  tensors = hf_cases.tensors(hf)
+  for step in range(100, 4100, 100):
+    tensors = {name: x + 0.05 * rng.standard_normal(x.shape, np.float32)
+               for name, x in tensors.items()}
+    if f'step{step}' not in COPIES:
+      write_revision(folder / f'step{step}', hf, tensors)
+  for name, original in COPIES.items():
+    shutil.copytree(folder / original, folder / name)
+  (folder / TORN / SHARDS[1]).unlink()
+  write_items(folder.parent / 'items.jsonl')
+  return folder
+
+
+def launch(launcher: str, *arguments) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, '-m', f'launchers.{launcher}', *map(str, arguments)],
+                        cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def files_of(folder: pathlib.Path) -> dict[str, bytes]:
+  return {str(path.relative_to(folder)): path.read_bytes()
+          for path in folder.rglob('*') if path.is_file()}
+
+
+def test_audit_names_copies_and_the_missing_shard(series):
+  findings, histories = audit_location(str(series))
+  assert [(f.kind, f.step, f.file) for f in findings if f.kind in ('duplicate', 'damaged')] == [
+      ('duplicate', 1300, str(series / 'step1300')),
+      ('damaged', 1900, str(series / TORN / SHARDS[1])),
+      ('duplicate', 2700, str(series / 'step2700'))]
+  assert [finding.problem for finding in findings if finding.kind == 'duplicate'] == [
+      'has all the tensors of step 300', 'has all the tensors of step 2000']
+  assert {len(followed.steps) for followed in histories.values()} == {39}
+
+
+def test_series_opens_as_a_trajectory(series):
+  trajectory = open_trajectory(series)
+  assert trajectory.steps == list(range(100, 4100, 100))
+  hf = hf_cases.config_json('llama-default-untied')
+  stored = trajectory.leaf(100, 'final_norm.scale')
+  assert stored.shape == (hf['hidden_size'],) and stored.dtype == np.float32
+  through_TD = trajectory.leaf_through_time('final_norm.scale', [100, 300, 1300])
+  assert np.array_equal(through_TD[0], stored) and np.array_equal(through_TD[1], through_TD[2])
+  with pytest.raises(UnusableError, match=SHARDS[1]):
+    trajectory.leaf(1900, 'final_norm.scale')
+  fewer = open_trajectory(f'{series}@step1?00')
+  assert fewer.steps == list(range(1000, 2000, 100)) and not fewer.scores().num_columns
+
+
+def test_steps_are_counted_through_stages():
+  names = ['stage1-step10-tokens1B', 'stage1-step20-tokens2B', 'stage2-step0-tokens0B',
+           'stage2-step5-tokens1B', 'stage3-step5-tokens1B']
+  assert counted_through([parse(name) for name in names]) == [
+      (10, 10**9), (20, 2 * 10**9), (21, 2 * 10**9), (26, 3 * 10**9), (31, 4 * 10**9)]
+  assert counted_through([parse('step7'), parse('stage2-step3')]) == [(7, None), (10, None)]
+
+
+def test_one_command_monitors_the_series(series, tmp_path):
+  suite = f'--config.monitors.suite={series.parent / "items.jsonl"}'
+  command = ('monitor', f'--source={series}', f'--run_dir={tmp_path / "theirs"}', suite)
+  first = launch(*command)
+  assert first.returncode == 0, first.stderr
+  trajectory = open_trajectory(tmp_path / 'theirs')
+  table = trajectory.scores()
+  scored = sorted(set(table['step'].to_pylist()))
+  assert scored == [s for s in range(100, 4100, 100) if s not in (1300, 1900, 2700)]
+  assert len(scored) == 37 and table.num_rows == 37 * 24
+  manifest = json.loads((tmp_path / 'theirs' / 'manifest.json').read_text())['series']
+  assert sorted(manifest['left_out']) == ['step1300', TORN, 'step2700']
+  assert SHARDS[1] in manifest['left_out'][TORN]
+  assert '37 of 40' in (tmp_path / 'theirs' / 'report.html').read_text()
+  assert not (tmp_path / 'theirs' / 'snapshots').exists()
+
+  alone = launch('convert', f'--source={series}', '--revision=step2000',
+                 f'--run_dir={tmp_path / "alone"}', suite)
+  assert alone.returncode == 0, alone.stderr
+  name = 'monitors/scores/step-00002000.parquet'
+  assert pq.read_table(tmp_path / 'alone' / name).equals(pq.read_table(tmp_path / 'theirs' / name))
+
+  before = files_of(tmp_path / 'theirs')
+  again = launch(*command)
+  assert again.returncode == 0 and 'monitored already' in again.stdout, again.stderr
+  assert {k: v for k, v in files_of(tmp_path / 'theirs').items() if k != '.lock'} == {
+      k: v for k, v in before.items() if k != '.lock'}
