@@ -24,6 +24,7 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import Estimate, estimate, machine, table
+from experiments.benchmarks.timing_rows import NEVER, window
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
@@ -34,7 +35,6 @@ SKIP = flags.DEFINE_integer('skip', 100, 'first steps that are not counted', low
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'interleaved rounds of three runs', lower_bound=1)
 JSON = flags.DEFINE_string('json', '', 'also write everything measured to this file')
 
-NEVER = 10**9
 WITH, SAVING, NEITHER = 'monitors and saving', 'saving', 'neither'
 WAYS = {
     WITH: {},
@@ -45,24 +45,6 @@ WAYS = {
 # What a cost is: the way that has it, the way that lacks it, its phase on the run's own clock.
 COSTS = {'monitoring': (WITH, SAVING, 'monitor_seconds'),
          'saving': (SAVING, NEITHER, 'save_seconds')}
-
-
-def window(rows: list[dict[str, Any]], skip: int, phase: str = '') -> float:
-  """Returns the wall seconds between the rows of step `skip` and of the last step.
-
-  A row's `seconds` leave out the phases of its step other than waiting for data; together they
-  are the time since the row before.
-
-  Args:
-    rows: of timings.jsonl, one per step.
-    skip: step whose end begins the window.
-    phase: sum this phase alone.
-  """
-  rows = [row for row in rows if row['step'] > skip]
-  if phase:
-    return sum(row.get(phase, 0.0) for row in rows)
-  return sum(value for row in rows for name, value in row.items()
-             if name == 'seconds' or (name.endswith('_seconds') and name != 'data_seconds'))
 
 
 def _run(way: str, run_dir: RunDir) -> dict[str, float]:

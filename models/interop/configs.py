@@ -10,7 +10,9 @@ from models.interop.rope import KINDS, rope_of, rope_parameters
 
 DTYPES = {'float32': 'float32', 'bfloat16': 'bfloat16', 'float16': 'float32'}
 # Settings that change what any model computes, and the values that ours computes.
-COMPUTED = {'quantization_config': (None,), 'add_cross_attention': FALSE, 'is_encoder_decoder': FALSE}
+COMPUTED = {
+  'quantization_config': (None,), 'add_cross_attention': FALSE, 'is_encoder_decoder': FALSE,
+}
 KIND_NAMES = {ours: theirs for theirs, ours in KINDS.items()}
 
 
@@ -33,7 +35,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
 
 
 def _required(hf: Mapping[str, Any], family: Family) -> None:
-  """Raises ValueError for keys that are missing, or settings that our model does not compute."""
+  """Raises ValueError for missing keys and for settings that our model does not compute."""
   needed = [*REQUIRED, family.eps]
   needed += ['num_key_value_heads'] * (family.own_kv_heads == 'must')
   needed += ['head_dim'] * (family.own_head_dim == 'must')
@@ -46,7 +48,8 @@ def _required(hf: Mapping[str, Any], family: Family) -> None:
     )
   for key, values in {**COMPUTED, **family.computed}.items():
     if hf.get(key) not in values:
-      raise ValueError(f'{key}={hf[key]!r} is not supported in model_type={family.model_type!r}')
+      raise ValueError(
+        f'{key}={hf[key]!r} is not supported in model_type={family.model_type!r}')
 
 
 def _activation(hf: Mapping[str, Any], family: Family) -> str:
@@ -60,62 +63,76 @@ def _activation(hf: Mapping[str, Any], family: Family) -> str:
   return family.activations[name]
 
 
-def _layer_types(hf: Mapping[str, Any], family: Family) -> Optional[list[str]]:
-  """Returns the kind of each layer, None where all are full."""
-  n_layers, window = hf['num_hidden_layers'], hf.get('sliding_window')
+def _given_types(
+  hf: Mapping[str, Any], family: Family, window: Optional[int]
+) -> Optional[list[str]]:
+  """Returns the kind of each layer, given or by the family's rule; None where all are full."""
+  n_layers, types = hf['num_hidden_layers'], hf.get('layer_types')
   if family.windows == 'all':
     return ['sliding_attention'] * n_layers if window else None
-  if family.windows == 'max_window_layers' and not hf.get('use_sliding_window'):
-    window = None
-  types = hf.get('layer_types')
-  if types is None and family.windows == 'layer_types':
-    types = ['full_attention' if (i + 1) % 4 == 0 else 'sliding_attention' for i in range(n_layers)]
-  if types is None and family.windows == 'max_window_layers' and window:
+  if types is not None:
+    return types
+  full = ['full_attention'] * n_layers
+  if family.windows == 'layer_types':
+    return [full[i] if (i + 1) % 4 == 0 else 'sliding_attention' for i in range(n_layers)]
+  if family.windows == 'max_window_layers' and window:
     first = hf.get('max_window_layers') or 0
-    types = ['sliding_attention' if i >= first else 'full_attention' for i in range(n_layers)]
-  if types is None:
-    return None
+    return full[:first] + ['sliding_attention'] * (n_layers - first)
+  return None
+
+
+def _check_types(
+  types: list[str], family: Family, n_layers: int, window: Optional[int]
+) -> None:
+  """Raises ValueError for kinds of layers that do not fit the model."""
   if not family.windows and set(types) != {'full_attention'}:
-    raise ValueError(f'layer_types={types} is not supported in model_type={family.model_type!r}')
+    raise ValueError(
+      f'layer_types={types} is not supported in model_type={family.model_type!r}')
   if unknown := sorted(set(types) - KINDS.keys()):
-    raise ValueError(f'layer_types entry {unknown[0]!r} is not supported; {", ".join(KINDS)} are')
+    raise ValueError(
+      f'layer_types entry {unknown[0]!r} is not supported; {", ".join(KINDS)} are')
   if len(types) != n_layers:
     raise ValueError(f'layer_types has {len(types)} entries for num_hidden_layers={n_layers}')
   if 'sliding_attention' in types and not window:
     raise ValueError(f'layer_types has sliding layers but sliding_window={window!r}')
-  return types
 
 
 def _pattern(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
   """Returns the fields `layer_pattern` (its shortest period) and `window`."""
-  types = _layer_types(hf, family)
+  window = hf.get('sliding_window')
+  if family.windows == 'max_window_layers' and not hf.get('use_sliding_window'):
+    window = None
+  types = _given_types(hf, family, window)
   if types is None:
     return {}
+  _check_types(types, family, hf['num_hidden_layers'], window)
   kinds = [KINDS[name] for name in types]
   period = next(
     n for n in range(1, len(kinds) + 1)
     if all(kind == kinds[i % n] for i, kind in enumerate(kinds))
   )
-  window = {'window': hf['sliding_window']} if 'sliding' in kinds else {}
-  return {'layer_pattern': tuple(kinds[:period]), **window}
+  fields = {'window': window} if 'sliding' in kinds else {}
+  return {'layer_pattern': tuple(kinds[:period]), **fields}
 
 
 def _sizes(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
   """Returns the fields of sizes and of experts."""
   fields = {ours: hf[theirs] for theirs, ours in REQUIRED.items()}
   heads, width = fields['n_heads'], fields['d_model']
-  fields['n_kv_heads'] = (hf.get('num_key_value_heads') if family.own_kv_heads else None) or heads
+  kv_heads = hf.get('num_key_value_heads') if family.own_kv_heads else None
+  fields['n_kv_heads'] = kv_heads or heads
   if not hf.get('head_dim') and width % heads:
     raise ValueError(f'hidden_size={width} is not a multiple of num_attention_heads={heads}')
   fields['d_head'] = hf.get('head_dim') or width // heads
   if not family.own_head_dim and fields['d_head'] * heads != width:
     raise ValueError(
-      f'head_dim={fields["d_head"]} times num_attention_heads={heads} is not hidden_size={width}, '
-      f'as model_type={family.model_type!r} needs'
+      f'head_dim={fields["d_head"]} times num_attention_heads={heads} is not hidden_size='
+      f'{width}, as model_type={family.model_type!r} needs'
     )
   if family.model_type == 'mixtral':
     fields['moe'] = MoEConfig(
-      n_experts=hf['num_local_experts'], top_k=hf['num_experts_per_tok'], d_expert=fields['d_ff'])
+      n_experts=hf['num_local_experts'], top_k=hf['num_experts_per_tok'],
+      d_expert=fields['d_ff'])
   return fields
 
 
@@ -172,8 +189,9 @@ def _described(config: ModelConfig, family: Family, dtype: str) -> dict[str, Any
   hf |= {theirs: getattr(config, ours) for theirs, ours in REQUIRED.items()}
   hf |= {
     family.eps: config.norm_eps, 'tie_word_embeddings': config.tie_embeddings,
-    'hidden_act': next((k for k, v in family.activations.items() if v == config.mlp), 'none'),
-    'rope_parameters': rope_parameters(config, partial=family.partial, per_kind=family.per_kind),
+    'hidden_act': next(k for k, v in family.activations.items() if v == config.mlp),
+    'rope_parameters': rope_parameters(
+      config, partial=family.partial, per_kind=family.per_kind),
     'initializer_range': config.init_std, **_window_keys(config, family),
   }
   if family.own_kv_heads:
@@ -230,16 +248,26 @@ def _known_rope(rope: RopeConfig) -> RopeConfig:
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
-  """Returns the settings, as name=value, that the family's config.json cannot say."""
+  """Returns the settings, as model.name=value, that the family's config.json cannot say."""
+  if config.mlp not in family.activations.values():
+    return [f'model.mlp={config.mlp!r}']
   try:
     back = model_config(_described(config, family, 'float32'))
   except ValueError as error:
     return [str(error)]
-  ours, theirs = _computed(config), _computed(back)
-  return [
-    f'{field.name}={getattr(ours, field.name)!r}' for field in dataclasses.fields(ModelConfig)
-    if getattr(ours, field.name) != getattr(theirs, field.name)
-  ]
+  return _unequal(_computed(config), _computed(back), 'model')
+
+
+def _unequal(ours: Any, theirs: Any, path: str) -> list[str]:
+  """Returns path.name=value of ours for every field in which two configs differ."""
+  found = []
+  for name in (field.name for field in dataclasses.fields(ours)):
+    a, b = getattr(ours, name), getattr(theirs, name)
+    if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+      found += _unequal(a, b, f'{path}.{name}')
+    elif a != b:
+      found.append(f'{path}.{name}={a!r}')
+  return found
 
 
 def hf_config(config: ModelConfig, dtype: str) -> tuple[Family, dict[str, Any]]:
@@ -254,7 +282,7 @@ def hf_config(config: ModelConfig, dtype: str) -> tuple[Family, dict[str, Any]]:
   name = min(lacking, key=lambda name: len(lacking[name]))
   if lacking[name]:
     raise ValueError(
-      f'no family of {", ".join(FAMILIES)} computes this model; the nearest, {name}, has no '
-      f'model.{", model.".join(lacking[name])}'
+      f'no family of {", ".join(FAMILIES)} computes this model; the nearest, {name}, lacks '
+      f'{", ".join(lacking[name])}'
     )
   return FAMILIES[name], _described(config, FAMILIES[name], dtype)

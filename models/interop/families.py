@@ -34,8 +34,8 @@ class Family:
   eps, activations, attention_bias: key of the norms' epsilon; hidden_act -> our mlp; whether
     attention has biases where config.json does not say, None where it never has.
   mlp_bias: whether config.json may ask for biases in the feed-forward.
-  own_head_dim, own_kv_heads: whether config.json may set them apart from the other sizes; 'must'
-    where it has to.
+  own_head_dim, own_kv_heads: whether config.json may set them apart from the other sizes;
+    'must' where it has to.
   theta, partial, per_kind, rope_required: see `rope.rope_of`.
   windows: how sliding layers are told: '' (there are none), 'layer_types', 'max_window_layers',
     or 'all'.
@@ -104,7 +104,7 @@ MLP_BIASES = (
 
 
 def _norms(attention: str, mlp: str, placement: str = 'norm') -> tuple[Row, ...]:
-  """Returns the rows of a block's two norms; placement 'norm' (before) or 'out_norm' (after)."""
+  """Returns the rows of a block's norms; placement 'norm' (before) or 'out_norm' (after)."""
   return (
     Row(f'blocks.attention_{placement}.scale', 'D', LAYER + f'{attention}.weight', 'D'),
     Row(f'blocks.mlp_{placement}.scale', 'D', LAYER + f'{mlp}.weight', 'D'),
@@ -116,7 +116,8 @@ POST_NORMS = _norms('post_attention_layernorm', 'post_feedforward_layernorm', 'o
 
 LLAMA = Family(
   'llama', 'LlamaForCausalLM', {'norm_placement': 'pre'},
-  (*_ends(), *ATTENTION, *GATED_MLP, *MLP_BIASES, *PRE_NORMS), mlp_bias=True, own_head_dim='may',
+  (*_ends(), *ATTENTION, *GATED_MLP, *MLP_BIASES, *PRE_NORMS),
+  mlp_bias=True, own_head_dim='may',
 )
 QWEN3 = Family(
   'qwen3', 'Qwen3ForCausalLM', {'norm_placement': 'pre', 'qk_norm': 'head'},
@@ -153,7 +154,10 @@ QKV = NEOX + 'attention.query_key_value.'
 
 def _layer_norm(leaf: str, name: str) -> tuple[Row, Row]:
   """Returns the rows of a layer norm."""
-  return Row(f'{leaf}.scale', 'D', f'{name}.weight', 'D'), Row(f'{leaf}.bias', 'D', f'{name}.bias', 'D')
+  return (
+    Row(f'{leaf}.scale', 'D', f'{name}.weight', 'D'),
+    Row(f'{leaf}.bias', 'D', f'{name}.bias', 'D'),
+  )
 
 
 GPT_NEOX = Family(
@@ -203,7 +207,8 @@ MIXTRAL = Family(
     Row('blocks.mlp.down', 'XFD', FUSED + 'down_proj', 'X D F'),
     *PRE_NORMS,
   ),
-  attention_bias=None, own_head_dim='may', own_kv_heads='must', theta=1_000_000.0, windows='all',
+  attention_bias=None, own_head_dim='may', own_kv_heads='must', theta=1_000_000.0,
+  windows='all',
 )
 
 FAMILIES = {

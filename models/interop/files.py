@@ -1,4 +1,4 @@
-"""Tensors of a folder of safetensors, one file or shards, read by slices and written in shards."""
+"""Tensors of a folder of safetensors: one file or shards, read by slices, written in shards."""
 
 import json
 import pathlib
@@ -78,7 +78,8 @@ class WeightFiles:
     if (folder / INDEX).is_file():
       absent = read_json(folder / INDEX)['weight_map'].keys() - self._file_of.keys()
       if absent:
-        raise ValueError(f'{folder}: tensor {min(absent)} is in {INDEX} but in none of its shards')
+        raise ValueError(
+          f'{folder}: tensor {min(absent)} is in {INDEX} but in none of its shards')
 
   @property
   def names(self) -> set[str]:
@@ -112,7 +113,8 @@ class WeightFiles:
     """Returns a part of a tensor, the whole of it without an index."""
     if not self.shape(name):
       return self._file_of[name].get_tensor(name)
-    return self._slice(name)[tuple(slice(None) for _ in self.shape(name)) if index is None else index]
+    whole = tuple(slice(None) for _ in self.shape(name))
+    return self._slice(name)[whole if index is None else index]
 
 
 class _Shards:

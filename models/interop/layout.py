@@ -1,7 +1,7 @@
 """Where an element of a parameter of ours stands in a tensor of a file, both ways.
 
-Axes are letters: those of names of arrays, and P for tensors that several parameters share, U for
-1. A file's axis is a product of letters: 'HPE D' is a matrix of which the rows run over heads,
+Axes are letters: those of names of arrays, and P for tensors that several parameters share, U
+for 1. A file's axis is a product of letters: 'HPE D' is a matrix of which the rows run over heads,
 then parts, then features of a head.
 """
 

@@ -20,7 +20,8 @@ FIELDS: dict[str, dict[str, tuple[str, Optional[float]]]] = {
     'high_freq_factor': ('high_freq_factor', None),
   },
   'yarn': {
-    'factor': ('factor', None), 'beta_fast': ('beta_fast', 32.0), 'beta_slow': ('beta_slow', 1.0),
+    'factor': ('factor', None), 'beta_fast': ('beta_fast', 32.0),
+    'beta_slow': ('beta_slow', 1.0),
   },
 }
 STRETCHED = ('llama3', 'yarn')  # those that know the context before stretching
@@ -67,10 +68,13 @@ def _scaled(
   return RopeConfig(theta=float(theta), fraction=fraction, scaling=scaling, **fields)
 
 
-def _fraction(hf: Mapping[str, Any], given: Mapping[str, Any], where: str, partial: float) -> float:
+def _fraction(
+  hf: Mapping[str, Any], given: Mapping[str, Any], where: str, partial: float
+) -> float:
   """Returns the rotated share of a head; `partial` is the family's own, 1 when it has none."""
-  keys = (given.get('partial_rotary_factor'), hf.get('partial_rotary_factor'), hf.get('rotary_pct'))
-  value = next((float(v) for v in keys if v is not None), partial)
+  name = 'partial_rotary_factor'
+  stated = given.get(name), hf.get(name), hf.get('rotary_pct')
+  value = next((float(v) for v in stated if v is not None), partial)
   if partial == 1 and value != 1:
     raise ValueError(f'{where}: partial_rotary_factor={value} is not supported in this family')
   return value
@@ -92,30 +96,43 @@ def rope_of(
   Raises:
     ValueError: a setting is missing or not supported; names it.
   """
-  where = 'rope_scaling' if hf.get('rope_scaling') else 'rope_parameters'
-  given = hf.get(where) or {}
-  if required and not given:
-    raise ValueError('config.json has neither rope_parameters nor rope_scaling')
   theta = hf.get('rope_theta') or hf.get('rotary_emb_base') or theta
-  nested, context = [kind for kind in KINDS if kind in given], hf['max_position_embeddings']
-  if bool(nested) != (per_kind and where == 'rope_parameters' and bool(given)):
-    raise ValueError(
-      f'{where} is {"" if nested else "not "}given per kind of attention '
-      f'({", ".join(KINDS)}), which this family {"does not know" if nested else "needs"}'
-    )
-  if nested:
-    dicts = {KINDS[kind]: (given.get(kind), f'{where}.{kind}') for kind in KINDS}
-  else:
-    dicts = {'full': (given, where), 'sliding': ({} if per_kind else given, where)}
+  if required and not (hf.get('rope_scaling') or hf.get('rope_parameters')):
+    raise ValueError('config.json has neither rope_parameters nor rope_scaling')
   ropes = {}
-  for kind, (values, path) in dicts.items():
-    if values is None and nested and kind in {KINDS[name] for name in nested}:
-      raise ValueError(f'{path}=None: layers without positions are not supported')
-    values = values or {}
-    fraction = _fraction(hf, values, path, partial)
-    ropes[kind] = _scaled(values, path, theta, fraction, context)
+  for kind, (path, given) in _dict_of_each_kind(hf, per_kind).items():
+    fraction = _fraction(hf, given, path, partial)
+    ropes[kind] = _scaled(given, path, theta, fraction, hf['max_position_embeddings'])
   sliding = None if ropes['sliding'] == ropes['full'] else ropes['sliding']
   return {'rope': ropes['full'], 'sliding_rope': sliding}
+
+
+def _dict_of_each_kind(
+  hf: Mapping[str, Any], per_kind: bool
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+  """Returns where the settings of full and of sliding layers stand, and them.
+
+  Raises ValueError when they are per kind of attention in a family that has one for all, or
+  the other way round.
+  """
+  if scaling := hf.get('rope_scaling'):
+    return {'full': ('rope_scaling', scaling),
+            'sliding': ('rope_scaling', {} if per_kind else scaling)}
+  given = hf.get('rope_parameters') or {}
+  nested = any(kind in given for kind in KINDS)
+  if given and nested != per_kind:
+    raise ValueError(
+      f'rope_parameters is {"" if nested else "not "}given per kind of attention '
+      f'({", ".join(KINDS)}), which this family {"does not know" if nested else "needs"}'
+    )
+  dicts = {}
+  for theirs, ours in KINDS.items():
+    path = f'rope_parameters.{theirs}' if nested else 'rope_parameters'
+    values = given.get(theirs, {}) if nested else given
+    if values is None:
+      raise ValueError(f'{path}=None: layers without positions are not supported')
+    dicts[ours] = path, values
+  return dicts
 
 
 def _as_parameters(rope: RopeConfig, partial: bool) -> dict[str, Any]:
@@ -138,4 +155,5 @@ def rope_parameters(
   """Returns today's `rope_parameters` of a model."""
   if not per_kind:
     return _as_parameters(config.rope, partial != 1)
-  return {theirs: _as_parameters(config.kind_rope(ours), False) for theirs, ours in KINDS.items()}
+  return {theirs: _as_parameters(config.kind_rope(ours), False)
+          for theirs, ours in KINDS.items()}

@@ -96,11 +96,16 @@ def _equal_checkpoints(series: Series, histories: dict[str, Followed], still: St
 
 
 def _strangeness(histories: dict[str, Followed], names: Sequence[str], step: int) -> float:
-  """Returns how far off its neighbors' way a checkpoint lies in some tensors."""
+  """Returns how far off its neighbors' way a checkpoint lies in some tensors; about 1 is usual."""
   total = 0.0
   for name in names:
-    i = histories[name].steps.index(step)
-    total += min(1e6, float(histories[name].detour[i]))
+    followed = histories[name]
+    i, last = followed.steps.index(step), len(followed.steps) - 1
+    ratio = float(followed.detour[i])
+    if i in (0, last) and last > 1:  # One neighbor only: how far that is away.
+      usual = float(np.median(followed.moved[1:]))
+      ratio = float(followed.moved[max(i, 1)]) / max(usual, 1e-30)
+    total += min(1e6, ratio)
   return total
 
 

@@ -180,8 +180,22 @@ def _outliers(followed: Followed) -> Iterator[tuple[int, str]]:
     usual = _near_median(followed.outlier, i, (i - 1, i, i + 1))
     is_peak = outlier[i] >= max(outlier[i - 1], outlier[i + 1])
     if is_peak and outlier[i] > OUTLIER * usual:
-      yield i, (f'element {followed.outlier_at[i]} is {outlier[i]:.3g} off the line between its '
-                f'neighbors; usual is {usual:.3g}')
+      yield _blamed(followed, i), (
+          f'element {followed.outlier_at[i]} is {outlier[i]:.3g} off the line through steps '
+          f'{followed.steps[i - 1]} to {followed.steps[i + 1]}; usual is {usual:.3g}')
+
+
+def _blamed(followed: Followed, i: int) -> int:
+  """Returns which of three checkpoints is off the line: the middle, unless an end of the series is.
+
+  An end is where the jump is only on its side of the middle.
+  """
+  most, last = followed.moved_most, len(followed.steps) - 1
+  if i == last - 1 and most[i] < most[i + 1] / 2:
+    return last
+  if i == 1 and most[2] < most[1] / 2:
+    return 0
+  return i
 
 
 def judge_tensor(name: str, followed: Followed, file_of: Callable[[int, str], Any]

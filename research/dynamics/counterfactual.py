@@ -10,7 +10,7 @@ import numpy as np
 from research.data.edits import Edit, check_edits
 from research.dynamics.curves import Curves, read_curves
 from research.dynamics.intervals import Band, over_contexts
-from research.dynamics.original import Original, check_range
+from research.dynamics.original import Original
 from research.dynamics.replay import replay
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
@@ -43,9 +43,9 @@ class Compared:
   @property
   def largest(self) -> tuple[int, float]:
     """The step after the first changed batch where the two differ most, and changed - original."""
-    gaps = np.where(self.after, self.changed.mean - self.original.mean, 0.0)
+    gaps = (self.changed.mean - self.original.mean)[self.after]
     at = int(np.argmax(np.abs(gaps)))
-    return int(self.steps[at]), float(gaps[at])
+    return int(self.steps[self.after][at]), float(gaps[at])
 
 
 def counterfactual(original: Original, run_dir: RunDir, edits: Sequence[Edit], until: int,
@@ -63,7 +63,9 @@ def counterfactual(original: Original, run_dir: RunDir, edits: Sequence[Edit], u
     raise UserError('there is nothing to change; give at least one --edit')
   check_edits(edits, original.config.data, original.config.n_steps)
   first = min(a for edit in edits for a, _ in edit.changed or edit.windows)
-  check_range(original, first, until, '--until: steps')
+  if not original.first <= first < until <= original.last:
+    raise UserError(f'--until={until}: the edits begin at step {first}, and {original.name} holds '
+                    f'steps {original.first}:{original.last}')
   for edit in edits:
     for a, b in edit.changed:
       if b > until:

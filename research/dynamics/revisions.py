@@ -1,4 +1,4 @@
-"""Where the revisions of a public model lie: sub-folders of a folder, or a Hugging Face repository."""
+"""Where revisions of a public model lie: sub-folders of a folder, or a Hugging Face repository."""
 
 import dataclasses
 import difflib
@@ -147,8 +147,8 @@ class Repository:
       near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.0)
       return f'{self.name} has no revision {name}; the nearest are {", ".join(near)}'
     if isinstance(error, errors.RepositoryNotFoundError):  # a gated one too
-      return (f'{self.name} is no public repository of huggingface.co, nor one that this account may '
-              'read; check the name, or log in with `hf auth login`')
+      return (f'{self.name} is no public repository of huggingface.co, nor one that this account '
+              'may read; check the name, or log in with `hf auth login`')
     if _unreachable(error):
       return f'{what} is not in the cache and huggingface.co cannot be reached; go online once'
     return f'{what} cannot be fetched: {error}'.splitlines()[0]

@@ -25,16 +25,19 @@ class Halt:
     self._before: dict[int, object] = {}
 
   def __enter__(self) -> 'Halt':
+    """Begins to listen."""
     # Of several processes SIGTERM is JAX's: its coordination service tells it to all of them.
     ours = (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM)
     self._before = {number: signal.signal(number, self._hear) for number in ours}
     return self
 
   def __exit__(self, *unused: object) -> None:
+    """Gives the signals back."""
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
   def _hear(self, number: int, frame: types.FrameType | None) -> None:
+    """Remembers that the run was asked to stop; leaves at the second Ctrl-C."""
     del frame
     again, self._asked_by = self._asked_by, signal.Signals(number).name
     if number == signal.SIGTERM:
@@ -57,5 +60,6 @@ class Halt:
 
   def stopped(self, step: int, n_steps: int, path: os.PathLike) -> Stopped:
     """Returns the end of a run that was saved at `step` because it was asked to stop."""
-    return Stopped(f'stopped by {self._asked_by or "SIGTERM"} and saved at step {step} of {n_steps} '
-                   f'in {path}; repeat the command to resume', PREEMPTED)
+    who = self._asked_by or 'SIGTERM'  # of another process
+    return Stopped(f'stopped by {who} and saved at step {step} of {n_steps} in {path}; repeat the '
+                   'command to resume', PREEMPTED)

@@ -124,7 +124,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
   kept = -1 if restored is None else first  # What was written after this step is written again.
   _describe(run_dir, config, built, manifest)
 
-  recorder = Recorder(config, run_dir, span, source, watchdog, first=first, kept=kept,
+  recorder = Recorder(config, run_dir, span, inputs.trained_on, watchdog, first=first, kept=kept,
                       tokens=position['tokens'], n_devices=mesh.size)
   manifest['peak'] = recorder.peak
   chain = Chain(config, manifest['hashes'], parent_facts(checkpoints, restored, manifest['parent']),

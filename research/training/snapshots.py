@@ -174,9 +174,9 @@ class SnapshotWriter:
     """
     self.wait()
     row = self._next_row
-    self._arrays = [
-        array if row < array.shape[0] else
-        array.resize(exclusive_max=(2 * row, *array.shape[1:])).result() for array in self._arrays]
+    resizing = [array.resize(exclusive_max=(2 * row, *array.shape[1:]))
+                for array in self._arrays if row >= array.shape[0]]  # All arrays, or none.
+    self._arrays = [resized.result() for resized in resizing] or self._arrays
     writes = []
     for array, leaf in zip(self._arrays, jax.tree.leaves(stored), strict=True):
       for shard in leaf.addressable_shards:

@@ -129,8 +129,8 @@ def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransfo
                     learning_rate: optax.Schedule) -> Callable:
   """Returns step(state, batch) -> (state, metrics); jit it with the state donated.
 
-  Metrics are float32 scalars. A non-finite loss or gradient, or a spike of either, leaves parameters,
-  moments and average as they were and sets `skipped`; the step, with it the learning rate's
+  Metrics are float32 scalars. A non-finite loss or gradient, or a spike of either, leaves
+  parameters, moments and average as they were and sets `skipped`; the step, with it the learning rate's
   schedule and the place in the data, and the key move on. So the steps after it see the same
   batches, learning rates and keys as if it had been taken.
 

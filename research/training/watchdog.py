@@ -36,19 +36,22 @@ class Watchdog:
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
   def __enter__(self) -> 'Watchdog':
+    """Starts the thread, unless it is turned off."""
     if self._config.seconds:
       self._thread.start()
     return self
 
   def __exit__(self, *unused: object) -> None:
+    """Ends the thread."""
     self._ended.set()
 
   def at(self, phase: str, step: int | None = None) -> None:
-    """Says that the run has come to this phase (a key of `PHASES`) of this step (None: as before)."""
+    """Says that the run has come to a phase (a key of `PHASES`), and to a step if one is given."""
     self._phase, self._step = phase, self._step if step is None else step
     self._since = time.monotonic()
 
   def _watch(self) -> None:
+    """Looks at the time again and again; tells of a hang once."""
     told = None
     while not self._ended.wait(min(1.0, self._config.seconds / 4)):
       since = self._since

@@ -12,8 +12,9 @@ import pytest
 from research.run_dir import RunDir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LAUNCHERS = ('bisect', 'counterfactual', 'preflight', 'pretrain', 'replay', 'report', 'sample',
-             'score', 'sweep', 'window')
+# All of them: a launcher that is not here has no --help that a test reads.
+LAUNCHERS = tuple(sorted(path.stem for path in (ROOT / 'launchers').glob('*.py')
+                         if "__name__ == '__main__'" in path.read_text(encoding='utf-8')))
 
 
 def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -67,6 +68,19 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, argument
   assert len(lines) == 1 and lines[0].startswith('error: '), result.stderr
   assert words in lines[0]
   assert not (run_dir / 'manifest.json').exists()
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['audit'], 'the location is missing'),
+    (['audit', '{tmp}'], 'is no trajectory'),
+    (['look', '{tmp}'], "'look' is no command; choose one of list, audit"),
+    (['audit', '{tmp}', 'more'], "unexpected argument 'more'"),
+    (['average', '{tmp}'], '--to is missing')])
+def test_trajectory_refuses_in_one_sentence(tmp_path, arguments, words):
+  result = launch('trajectory', *[argument.format(tmp=tmp_path) for argument in arguments])
+  assert result.returncode == 2, (result.returncode, result.stderr)
+  assert result.stderr.startswith('error: ') and words in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_batch_that_the_mesh_does_not_divide():

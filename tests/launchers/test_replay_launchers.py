@@ -9,7 +9,6 @@ import sys
 import time
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
 from research.dynamics.curves import read_curves
@@ -66,10 +65,6 @@ def test_a_killed_replay_is_resumed_and_equal(trained, environment):
   assert output.splitlines()[-1] == (
       f'equal to {trained.whole} bit for bit: 55 rows of metrics, 3 rows of held-out loss, '
       '4 snapshots, 2 checkpoints, 4 tables of scores')
-  refused = subprocess.run(command('pretrain', '--experiment=quickstart', f'--run_dir={again.whole}',
-                                   *SMALL), cwd=ROOT, env=environment, text=True,
-                           capture_output=True, check=False)
-  assert refused.returncode == 2 and 'holds a replay of steps 12 to 55' in refused.stderr
 
 
 @pytest.mark.slow
@@ -77,15 +72,15 @@ def test_bisect_and_its_window(trained, environment, tmp_path):
   curves = read_curves(trained.monitor_items, trained.monitor_scores)
   index = [i for i, context in enumerate(curves.contexts) if context.dataset == 'flipped']
   margin = curves.margin_TC[:, index].mean(1)
-  threshold = (margin[0] + margin[-1]) / 2  # The ends differ, whatever the monitor does.
-  output = launch(environment, 'bisect', f'--run_dir={trained.whole}', '--between=0:60',
+  threshold = (margin[4] + margin[-1]) / 2  # The ends differ, whatever the monitor does.
+  output = launch(environment, 'bisect', f'--run_dir={trained.whole}', '--between=40:60',
                   '--dataset=flipped', '--measure=margin', f'--threshold={threshold}',
                   f'--to={tmp_path}/bisect')
   found = json.loads(RunDir(tmp_path / 'bisect').bisection_json.read_text())
   a, b = found['found']
-  states = [reading['margin'] > threshold for reading in found['readings']]
-  assert b == a + 1 and states[a] != states[b] and len(states) == 61
-  assert found['changes'] == [[s, s + 1] for s in range(60) if states[s] != states[s + 1]]
+  states = {reading['step']: reading['margin'] > threshold for reading in found['readings']}
+  assert b == a + 1 and states[a] != states[b] and list(states) == list(range(40, 61))
+  assert found['changes'] == [[s, s + 1] for s in range(40, 60) if states[s] != states[s + 1]]
   assert f'changes between steps {a} and {b}' in output
   launch(environment, 'window', f'--run_dir={trained.whole}', f'--steps={a}:{b}',
          f'--to={tmp_path}/window.parquet')
@@ -104,8 +99,3 @@ def test_counterfactual(trained, environment, tmp_path):
   table = pd.read_csv(changed.comparison_csv).set_index('quantity')
   assert {'loss', 'heldout_loss', 'successive', 'control: arithmetic'} <= set(table.index)
   assert table.loc['loss', 'gap'] != 0
-  launch(environment, 'window', f'--run_dir={changed.whole}', '--steps=29:35',
-         f'--to={tmp_path}/fed.parquet')
-  rows = pq.read_table(tmp_path / 'fed.parquet').to_pylist()
-  assert all(row['masked'] == (31 <= row['step'] <= 34 and row['kind'] == 'arithmetic')
-             for row in rows) and any(row['masked'] for row in rows)

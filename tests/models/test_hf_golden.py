@@ -37,7 +37,8 @@ def test_every_case_is_stored_with_its_config(golden):
 
 
 @pytest.mark.parametrize('family', hf_cases.OWN)
-def test_logits_and_greedy_tokens_are_those_of_transformers(golden, tmp_path, family):
+def test_logits_and_greedy_tokens_are_those_of_transformers(
+    golden, tmp_path, family, quick_compilation):
   for name in (name for name in hf_cases.NAMES if name.startswith(family + '-')):
     folder = hf_cases.write(tmp_path / name, json.loads(str(golden['configs']))[name])
     graphdef, params = imported(HfCheckpoint(folder))

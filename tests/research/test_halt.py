@@ -55,31 +55,41 @@ def signal_after(run_dir: RunDir, n_rows: int, *numbers: int) -> threading.Threa
   return thread
 
 
-@pytest.mark.parametrize('numbers', [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT]], ids=str)
-def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on(tmp_path, numbers):
-  config, run_dir = experiment(10**6), RunDir(tmp_path / 'run')
-  before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-  sender = signal_after(run_dir, 25, *numbers)
+@pytest.fixture
+def harmless():
+  """Signals that come after the run has ended do not end the tests."""
+  ignore = lambda number, frame: None
+  before = {number: signal.signal(number, ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+  yield ignore
+  for number, handler in before.items():
+    signal.signal(number, handler)
+
+
+def stopped_after(run_dir: RunDir, n_rows: int, *numbers: int) -> tuple[int, Stopped]:
+  """Runs until it is asked to stop; returns the last recorded step and how the run ended."""
+  sender = signal_after(run_dir, n_rows, *numbers)
   with pytest.raises(Stopped) as stop:
-    # A second signal while the first is honored would end this process, were it not ignored.
-    train(config, run_dir)
+    train(experiment(10**6), run_dir)
   sender.join()
-  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+  return logs.read_rows(run_dir.metrics_jsonl)[-1]['step'], stop.value
+
+
+def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on(tmp_path, harmless):
+  run_dir = RunDir(tmp_path / 'run')
+  first, stop = stopped_after(run_dir, 25, signal.SIGTERM, signal.SIGTERM)
+  assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is harmless
+  assert first >= 25 and stop.exit_code == PREEMPTED
+  assert str(stop) == (f'stopped by SIGTERM and saved at step {first} of 1000000 in '
+                       f'{run_dir.path}; repeat the command to resume')
+  second, stop = stopped_after(run_dir, first + 3, signal.SIGINT)
+  assert f'stopped by SIGINT and saved at step {second} of' in str(stop)
   rows = logs.read_rows(run_dir.metrics_jsonl)
-  step = rows[-1]['step']
-  assert stop.value.exit_code == PREEMPTED
-  assert str(stop.value) == (f'stopped by {numbers[0].name} and saved at step {step} of 1000000 in '
-                             f'{run_dir.path}; repeat the command to resume')
-  assert 25 <= step and [row['step'] for row in rows] == list(range(1, step + 1))
+  assert [row['step'] for row in rows] == list(range(1, second + 1)) and second >= first + 3
   checkpoints = Checkpoints(run_dir.checkpoints)
-  assert checkpoints.steps == [step]
+  assert checkpoints.steps == [first, second]
   checkpoints.close()
-  sender = signal_after(run_dir, step + 3, signal.SIGTERM)
-  with pytest.raises(Stopped):
-    train(config, run_dir)
-  sender.join()
   starts = json.loads(run_dir.manifest_json.read_text())['starts']
-  assert [start['from_step'] for start in starts] == [0, step]
+  assert [start['from_step'] for start in starts] == [0, first]
 
 
 def test_a_run_that_hangs_says_in_which_phase_and_goes_on_when_it_can(tmp_path, monkeypatch, capfd):
@@ -87,19 +97,19 @@ def test_a_run_that_hangs_says_in_which_phase_and_goes_on_when_it_can(tmp_path, 
   config, run_dir = experiment(14, seconds=0.7), RunDir(tmp_path / 'run')
   row, save = MicroworldSource.row, Checkpoints.save
 
-  def stands_still(phase: str):
+  def stands_still(where: str):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (
-        run_dir.stacks_txt.exists() and f'phase {phase} ' in run_dir.stacks_txt.read_text()):
+        run_dir.stacks_txt.exists() and where in run_dir.stacks_txt.read_text()):
       time.sleep(0.01)
 
   def slow_row(self, j):
     if j == 4 * 9:  # the first of the tenth step
-      stands_still('data')
+      stands_still('phase data after step 8')
     return row(self, j)
 
   def slow_save(self, *arguments):
-    stands_still('save')
+    stands_still('phase save after step 14')
     return save(self, *arguments)
 
   monkeypatch.setattr(MicroworldSource, 'row', slow_row)
@@ -107,10 +117,11 @@ def test_a_run_that_hangs_says_in_which_phase_and_goes_on_when_it_can(tmp_path, 
   train(config, run_dir)
   assert run_dir.done.exists()
   lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith('watchdog: ')]
-  # Compiling may take longer than this watchdog waits, too.
-  data, saving = [line for line in lines if 'phase step' not in line and 'phase start' not in line]
-  assert 'process 0 of 1' in data and 'is waiting for data, phase data after step 8' in data
-  assert 'phase save after step 14' in saving and str(run_dir.stacks_txt) in saving
+  # Compiling, or anything on a busy machine, may take longer than this watchdog waits, too.
+  data, = [line for line in lines if 'phase data after step 8' in line]
+  saving, = [line for line in lines if 'phase save after step 14' in line]
+  assert 'process 0 of 1' in data and 'is waiting for data' in data
+  assert 'is saving' in saving and str(run_dir.stacks_txt) in saving
   stacks = run_dir.stacks_txt.read_text()
   assert 'in _train' in stacks and 'in slow_save' in stacks
 
@@ -127,6 +138,26 @@ def test_a_watchdog_tells_once_per_hang_and_only_of_hangs(tmp_path, capfd):
   with Watchdog(WatchdogConfig(seconds=0.0), run_dir):
     time.sleep(0.3)
   assert capfd.readouterr().err == ''
+
+
+IMPATIENT = """
+import os, signal
+from research.training.halt import Halt
+with Halt() as halt:
+  os.kill(os.getpid(), signal.SIGTERM)
+  os.kill(os.getpid(), signal.SIGTERM)
+  print(halt.reached(1), flush=True)
+  os.kill(os.getpid(), signal.SIGINT)
+  os.kill(os.getpid(), signal.SIGINT)
+print('not reached')
+"""
+
+
+def test_a_second_sigterm_is_ignored_and_a_second_interrupt_leaves_at_once():
+  ended = subprocess.run([sys.executable, '-c', IMPATIENT], cwd=ROOT, capture_output=True,
+                         text=True, timeout=60, check=False)
+  assert (ended.returncode, ended.stdout) == (130, 'True\n'), ended.stderr
+  assert ended.stderr == '\nfinishing the step and saving; Ctrl-C again to leave at once\n'
 
 
 ABORTS = """

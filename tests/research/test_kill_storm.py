@@ -17,7 +17,7 @@ from research.run_dir import RunDir
 from research.training.logs import read_rows
 from research.training.snapshots import SnapshotReader
 
-N_STEPS, N_KILLS, N_TERMS = 60, 25, 10
+N_STEPS, N_KILLS, N_TERMS = 60, 25, 8
 
 
 @pytest.fixture(scope='module')

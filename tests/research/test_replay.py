@@ -103,6 +103,8 @@ def test_forty_steps_again_are_the_same_bits(runs, tmp_path):
   assert manifest['replay'] == {'of': str(run_dir.whole.resolve()), 'steps': [21, 61], 'edits': []}
   assert manifest['differs'] == ['checkpoints.snapshot_every: 6 -> 1']
   assert again.report_html.exists()
+  with pytest.raises(UserError, match='holds a replay of steps 21 to 61 of .*, not a run of its own'):
+    train(open_original(str(again.whole)).config, RunDir(again.whole))
   # Optimizer, average, key and data position at the end are those of the witness's own checkpoint.
   config = open_original(str(again.whole)).config
   built = build_lib.build(config, make_mesh(config.mesh), manifest['numerics'])
@@ -253,6 +255,8 @@ def test_swapping_windows_changes_what_follows_and_nothing_before(runs, tmp_path
     (lambda run, to: counterfactual(run, to, [parse_edit('mask 10:14 zet.txt')], 60),
      "no kind 'zet.txt' in this data; it has .*same.txt"),
     (lambda run, to: counterfactual(run, to, [parse_edit('mask 10:64')], 60), 'but --until=60'),
+    (lambda run, to: counterfactual(run, to, [parse_edit('mask 10:64')], 99),
+     f'--until=99: the edits begin at step 10, and .* holds steps 0:{N_STEPS}'),
     (lambda run, to: counterfactual(run, to, [], 60), 'at least one --edit'),
 ])
 def test_bad_input_is_one_sentence_before_anything_is_written(runs, tmp_path, call, words):

@@ -1,0 +1,122 @@
+"""Measures what dense snapshots cost: 500 of the default model, in storage, files and time.
+
+  python -m experiments.benchmarks.dense_snapshots
+  python -m experiments.benchmarks.dense_snapshots --snapshots=50 --every=2 --rounds=1    (a smoke run)
+
+Trains the experiment without monitors, with a snapshot every --every steps and without any, in
+interleaved rounds, each run alone. Prints wall time with minus without between step --skip and the
+last, what of it the run's own clock calls saving and hashing, the bytes and files of the snapshots,
+and how long reading one tensor through time over all of them takes in one call. A full checkpoint is
+written at the end of both, after the window.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+
+from experiments.benchmarks import command_line
+from experiments.benchmarks.estimates import estimate, machine, table
+from experiments.benchmarks.timing_rows import NEVER, window
+from research.dynamics.trajectory import open_trajectory
+from research.errors import UserError
+from research.run_dir import RunDir, write_whole
+from research.training.logs import read_rows
+
+EXPERIMENT = flags.DEFINE_string('experiment', 'quickstart', 'a module of experiments/')
+SNAPSHOTS = flags.DEFINE_integer('snapshots', 500, 'snapshots after the first', lower_bound=2)
+EVERY = flags.DEFINE_integer('every', 5, 'steps between them', lower_bound=1)
+SKIP = flags.DEFINE_integer('skip', 0, 'first steps that are not counted; 0: a twentieth')
+ROUNDS = flags.DEFINE_integer('rounds', 3, 'interleaved rounds of two runs', lower_bound=1)
+JSON = flags.DEFINE_string('json', '', 'also write everything measured to this file')
+
+
+def skipped() -> int:
+  """Returns the first steps that are not counted: a whole number of snapshots' worth."""
+  if SKIP.value:
+    return SKIP.value
+  return max(1, SNAPSHOTS.value // 20) * EVERY.value
+
+
+def run(folder: pathlib.Path, every: int) -> dict[str, float]:
+  """Returns seconds between step --skip and the last of a run, in all and by phase."""
+  run_dir, n_steps = RunDir(folder), SNAPSHOTS.value * EVERY.value
+  settings = {'n_steps': n_steps, 'monitors.suite': 'none', 'evals.every': 0,
+              'checkpoints.every': NEVER, 'checkpoints.snapshot_every': every}
+  command = [sys.executable, '-m', 'launchers.pretrain', f'--experiment={EXPERIMENT.value}',
+             f'--run_dir={folder}', *(f'--config.{name}={value}' for name, value in settings.items())]
+  finished = subprocess.run(command, check=False, capture_output=True, text=True)
+  if finished.returncode:
+    raise UserError(f'{" ".join(command)} failed with code {finished.returncode}: '
+                    f'{finished.stderr.strip()[-2000:]}')
+  rows = read_rows(run_dir.timings_jsonl)
+  return {'all': window(rows, skipped()), 'save': window(rows, skipped(), 'save_seconds'),
+          'hash': window(rows, skipped(), 'hash_seconds')}
+
+
+def storage(run_dir: RunDir) -> dict[str, Any]:
+  """Returns bytes, files and the time of one tensor through all snapshots, of each tensor."""
+  files = [path for path in run_dir.snapshots.rglob('*') if path.is_file()]
+  trajectory = open_trajectory(run_dir.path)
+  reads = {}
+  for name in trajectory.names:
+    seconds = []
+    for _ in range(2):  # The first call for a shape compiles its hash.
+      began = time.perf_counter()
+      through = trajectory.leaf_through_time(name)
+      seconds.append(time.perf_counter() - began)
+    reads[name] = {'shape': list(through.shape), 'bytes': through.nbytes, 'first': seconds[0],
+                   'second': seconds[1]}
+  return {'bytes': sum(path.stat().st_size for path in files), 'files': len(files),
+          'snapshots': len(trajectory.steps), 'reads': reads}
+
+
+def report(rounds: list[dict[str, dict[str, float]]], stored: dict[str, Any]) -> str:
+  """Returns the tables."""
+  n_counted = SNAPSHOTS.value - skipped() // EVERY.value
+  def middle(of, unit: str) -> str:
+    found = estimate([of(row['with'], row['without']) for row in rounds])
+    return f'{found.median:{unit}} ({found.low:{unit}} to {found.high:{unit}})'
+  costs = [
+      ['wall time with / without - 1', middle(lambda a, b: a['all'] / b['all'] - 1, '+.1%')],
+      ['ms per snapshot', middle(lambda a, b: 1e3 * (a['all'] - b['all']) / n_counted, '+.2f')],
+      ["the run's own clock: saving", middle(lambda a, b: a['save'] / b['all'], '.2%')],
+      ["the run's own clock: hashing, of snapshots and batches",
+       middle(lambda a, b: a['hash'] / b['all'], '.2%')],
+      ['snapshots', f'{stored["snapshots"]:,}'],
+      ['bytes', f'{stored["bytes"]:,}'], ['files', f'{stored["files"]:,}']]
+  reads = [[name, str(read['shape']), f'{1e3 * read["second"]:.0f}', f'{1e3 * read["first"]:.0f}']
+           for name, read in stored['reads'].items()]
+  return '\n\n'.join([
+      table(['cost of snapshots', f'median of {len(rounds)} rounds (lowest to highest)'], costs),
+      table(['one tensor through time, one call', 'shape', 'ms, hashes compared',
+             'ms, the first time'], reads)])
+
+
+def main() -> None:
+  facts, rounds, stored = machine(), [], {}
+  print(facts, flush=True)
+  for i in range(ROUNDS.value):
+    measured = {}
+    for way in ('with', 'without')[::1 if i % 2 == 0 else -1]:
+      with tempfile.TemporaryDirectory(prefix='modehop-dense-') as folder:
+        path = pathlib.Path(folder) / 'run'
+        measured[way] = run(path, EVERY.value if way == 'with' else 0)
+        if way == 'with':
+          stored = storage(RunDir(path))
+      print(f'round {i + 1} of {ROUNDS.value}, {way}: {measured[way]["all"]:.1f} s', flush=True)
+    rounds.append(measured)
+  print(report(rounds, stored))
+  if JSON.value:
+    write_whole(pathlib.Path(JSON.value), json.dumps(
+        {'machine': facts, 'experiment': EXPERIMENT.value, 'rounds': rounds, 'storage': stored},
+        indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,91 @@
+"""A Hugging Face hub of one repository on this machine, as much of it as huggingface_hub asks."""
+
+import hashlib
+import http.server
+import json
+import pathlib
+import threading
+
+
+class Hub:
+  """Serves the sub-folders of a folder as branches of the repository owner/model.
+
+  Requests are kept in `asked`. `stop` closes it: nobody answers any more.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self.asked: list[str] = []
+    self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _handler(folder, self.asked))
+    threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+  @property
+  def url(self) -> str:
+    """Its address."""
+    return f'http://127.0.0.1:{self.server.server_port}'
+
+  def stop(self) -> None:
+    """Ends it."""
+    self.server.shutdown()
+    self.server.server_close()
+
+
+def commit(name: str) -> str:
+  """Returns the commit of a branch."""
+  return hashlib.sha1(name.encode()).hexdigest()
+
+
+def _handler(folder: pathlib.Path, asked: list[str]) -> type:
+  branches = {commit(path.name): path for path in folder.iterdir()}
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers refs, revisions, trees and files."""
+
+    def log_message(self, *_):
+      pass
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+      self.send_response(status)
+      for key, value in {'Content-Length': str(len(body)), **headers}.items():
+        self.send_header(key, value)
+      self.end_headers()
+      if self.command == 'GET':
+        self.wfile.write(body)
+
+    def json(self, value) -> None:
+      self.reply(200, json.dumps(value).encode(), {'Content-Type': 'application/json'})
+
+    def missing(self, code: str) -> None:
+      self.reply(404, b'{}', {'X-Error-Code': code, 'X-Error-Message': code})
+
+    def do_HEAD(self):
+      self.do_GET()
+
+    def do_GET(self):
+      path = self.path.split('?')[0]
+      asked.append(f'{self.command} {path}')
+      api, files = '/api/models/owner/model/', '/owner/model/resolve/'
+      if path == api + 'refs':
+        refs = [{'name': p.name, 'ref': f'refs/heads/{p.name}', 'targetCommit': sha}
+                for sha, p in branches.items()]
+        self.json({'branches': refs, 'tags': [], 'converts': []})
+      elif path.startswith(api + 'revision/'):
+        self.revision(path.removeprefix(api + 'revision/'))
+      elif path.startswith(api + 'tree/'):
+        found = branches[path.removeprefix(api + 'tree/').split('/')[0]]
+        self.json([{'type': 'file', 'path': p.name, 'size': p.stat().st_size, 'oid': commit(str(p))}
+                   for p in sorted(found.iterdir())])
+      elif path.startswith(files):
+        sha, name = path.removeprefix(files).split('/', 1)
+        self.reply(200, (branches[sha] / name).read_bytes(), {
+            'ETag': f'"{commit(str(branches[sha] / name))}"', 'X-Repo-Commit': sha})
+      else:
+        self.missing('RepoNotFound')
+
+    def revision(self, name: str) -> None:
+      if commit(name) not in branches:
+        self.missing('RevisionNotFound')
+        return
+      self.json({'id': 'owner/model', '_id': '1', 'sha': commit(name), 'siblings': [],
+                 'private': False, 'tags': [], 'downloads': 0, 'likes': 0})
+
+  return Handler
