@@ -36,6 +36,8 @@ def main() -> None:
   except ValueError as error:
     raise UserError(str(error)) from error
   stored = SnapshotReader(run_dir.snapshots).steps
+  if not stored:
+    raise UserError(f'{run_dir.whole} has no snapshots that could be scored')
   steps = steps or stored
   if missing := sorted(set(steps) - set(stored)):
     raise UserError(f'--steps={missing[0]}: no such snapshot in {run_dir.snapshots}; it has {stored}')

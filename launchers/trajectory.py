@@ -18,9 +18,11 @@ interpolate  the point --at on the line between two checkpoints
 distance     distances between checkpoints, and whether the way between them closes a cycle
 
 A public series is a folder with a sub-folder for each revision, or a repository; those of which the
-name says the step are its checkpoints, or those that a pattern after @ matches. What average and
-interpolate, which need a run of our own, write is a run directory: launchers.score scores it, launchers.sample
-writes texts with it, and --config.start.run_dir trains on from it.
+name says the step are its checkpoints, or those that a pattern after @ matches. launchers.monitor
+scores them. Steps are counted through all stages of it.
+
+average and interpolate need a run of our own. What they write is a run directory: launchers.score
+scores it, launchers.sample writes texts with it, and --config.start.run_dir trains on from it.
 """
 
 from absl import flags

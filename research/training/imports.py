@@ -1,4 +1,4 @@
-"""What one public checkpoint and a series of them have in common on their way into a run directory."""
+"""What one public checkpoint and a series of them share on their way into a run directory."""
 
 import dataclasses
 import pathlib

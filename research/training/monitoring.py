@@ -1,5 +1,6 @@
 """A whole public series, monitored: audited, then scored revision by revision, nothing copied."""
 
+import functools
 import itertools
 import json
 import time
@@ -24,6 +25,7 @@ from research.training.streaming import place_streamed
 
 LEFT_OUT = ('damaged', 'shape', 'duplicate')  # What these findings name is not monitored.
 Say = Callable[[str], None]
+_say = functools.partial(print, flush=True)
 
 
 class Plan(NamedTuple):
@@ -51,7 +53,7 @@ class Plan(NamedTuple):
 
 
 def monitor_series(trajectory: PublicTrajectory, run_dir: RunDir,
-                   overrides: Sequence[tuple[str, str]] = (), say: Say = print) -> None:
+                   overrides: Sequence[tuple[str, str]] = (), say: Say = _say) -> None:
   """Writes the scores of every sound revision as a run directory with a report.
 
   The weights go from their files onto the mesh one revision at a time, and are not stored. A

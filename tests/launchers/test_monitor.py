@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 import tokenizers
 
+from models import transformer
 from research.dynamics.audit_location import audit_location
 from research.dynamics.public import UnusableError
 from research.dynamics.public_trajectory import counted_through
@@ -79,6 +81,20 @@ def files_of(folder: pathlib.Path) -> dict[str, bytes]:
           for path in folder.rglob('*') if path.is_file()}
 
 
+def killed_after(n_rows: int, command: tuple[str, ...], run_dir: pathlib.Path) -> dict[str, bytes]:
+  """Kills a command once so many revisions are done; returns the scores of those that are."""
+  rows = run_dir / 'metrics.jsonl'
+  with subprocess.Popen([sys.executable, '-m', f'launchers.{command[0]}', *map(str, command[1:])],
+                        cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    for line in process.stdout:
+      if line.startswith(f'[{n_rows}/'):
+        process.kill()
+  steps = [json.loads(row)['step'] for row in rows.read_text().splitlines()]
+  assert n_rows <= len(steps) < 37
+  names = [f'monitors/scores/step-{step:08d}.parquet' for step in steps]
+  return {name: (run_dir / name).read_bytes() for name in names}
+
+
 def test_audit_names_copies_and_the_missing_shard(series):
   findings, histories = audit_location(str(series))
   assert [(f.kind, f.step, f.file) for f in findings if f.kind in ('duplicate', 'damaged')] == [
@@ -96,12 +112,35 @@ def test_series_opens_as_a_trajectory(series):
   hf = hf_cases.config_json('llama-default-untied')
   stored = trajectory.leaf(100, 'final_norm.scale')
   assert stored.shape == (hf['hidden_size'],) and stored.dtype == np.float32
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placed = trajectory.params(100, jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+      transformer.abstract_params(trajectory.config.model)))
+  shards = [load_file(series / 'step100' / shard) for shard in SHARDS]
+  theirs, = (shard['model.norm.weight'] for shard in shards if 'model.norm.weight' in shard)
+  for ours in (stored, trajectory.params(100)['final_norm.scale'], placed['final_norm']['scale']):
+    assert np.array_equal(ours, theirs)
   through_TD = trajectory.leaf_through_time('final_norm.scale', [100, 300, 1300])
   assert np.array_equal(through_TD[0], stored) and np.array_equal(through_TD[1], through_TD[2])
   with pytest.raises(UnusableError, match=SHARDS[1]):
     trajectory.leaf(1900, 'final_norm.scale')
   fewer = open_trajectory(f'{series}@step1?00')
   assert fewer.steps == list(range(1000, 2000, 100)) and not fewer.scores().num_columns
+
+
+def test_truncated_files_and_other_models_are_findings(series, tmp_path):
+  folder = tmp_path / 'few'
+  for step in range(100, 600, 100):
+    shutil.copytree(series / f'step{step}', folder / f'step{step}')
+  shard = folder / 'step200' / SHARDS[0]
+  shard.write_bytes(shard.read_bytes()[:-1])
+  path = folder / 'step400' / 'config.json'
+  path.write_text(json.dumps({**json.loads(path.read_text()), 'rms_norm_eps': 1e-3}))
+  findings, histories = audit_location(str(folder))
+  assert [(f.kind, f.step, f.file) for f in findings] == [
+      ('damaged', 200, str(shard)), ('damaged', 400, str(path))]
+  assert 'norm_eps=0.001' in findings[1].problem
+  assert {tuple(followed.steps) for followed in histories.values()} == {(100, 300, 500)}
 
 
 def test_steps_are_counted_through_stages():
@@ -112,11 +151,15 @@ def test_steps_are_counted_through_stages():
   assert counted_through([parse('step7'), parse('stage2-step3')]) == [(7, None), (10, None)]
 
 
+@pytest.mark.slow
 def test_one_command_monitors_the_series(series, tmp_path):
   suite = f'--config.monitors.suite={series.parent / "items.jsonl"}'
   command = ('monitor', f'--source={series}', f'--run_dir={tmp_path / "theirs"}', suite)
+  kept = killed_after(5, command, tmp_path / 'theirs')
   first = launch(*command)
   assert first.returncode == 0, first.stderr
+  assert 'audited' not in first.stdout and kept.items() <= files_of(tmp_path / 'theirs').items()
+  assert f'/{37 - len(kept)}] ' in first.stdout
   trajectory = open_trajectory(tmp_path / 'theirs')
   table = trajectory.scores()
   scored = sorted(set(table['step'].to_pylist()))
