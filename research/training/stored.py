@@ -16,7 +16,7 @@ from research.training import hashes
 INVENTORY = 'files.json'
 RECORD = '_CHECKPOINT_METADATA'
 HASHED_BYTES = 2**24  # Longer files are in the inventory by length; tensors have their own hashes.
-_ITEMS = ('params', 'optimizer', 'ema', 'position')
+_ITEMS = ('params', 'optimizer', 'ema', 'position', 'guard')
 
 
 class DamagedError(UserError):
