@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from research.errors import UserError
@@ -33,6 +34,16 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps with a whole checkpoint, ascending."""
     return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+  def newest(self, aside: pathlib.Path) -> int | None:
+    """Returns the newest step, None for a run that has none yet.
+
+    Raises:
+      UserError: all that there were lie in `aside`.
+    """
+    if not self.steps and aside.exists():
+      raise self._none_sound(aside)
+    return self.steps[-1] if self.steps else None
 
   def path(self, step: int) -> pathlib.Path:
     """Returns the directory of a step's checkpoint."""
@@ -99,19 +110,25 @@ class Checkpoints:
 
   def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     """Returns the items wanted, every tensor of them compared with its hash."""
-    record = self.record(step)
-    if record and record['step'] != step:
-      raise stored.DamagedError(f'{self.path(step)}: says that it is of step {record["step"]}')
+    record, complaint = {}, ''
+    try:
+      record = self.record(step)
+      if record and record['step'] != step:
+        complaint = f'{self.path(step)}: says that it is of step {record["step"]}'
+    except stored.DamagedError as error:
+      complaint = str(error)
+    _raise_together(complaint)
     loaded = self._checkpointer.load_checkpointables(step, wanted)
     found = hashes.digests({name: tree for name, tree in loaded.items() if name != 'data'})
     said = record.get('tensors', found)
     wrong = [name for name, digest in found.items() if said.get(name) != digest]
     if wrong:
-      raise stored.DamagedError(f'{self.path(step) / wrong[0].partition(".")[0]}: {wrong[0]} does not '
-                                'have the content that was saved')
-    if record and 'data' in loaded and loaded['data'] != record['position']:
-      raise stored.DamagedError(f'{self.path(step)}/data: the position {loaded["data"]} is not '
-                                f'{record["position"]}, which was saved')
+      complaint = (f'{self.path(step) / wrong[0].partition(".")[0]}: {wrong[0]} does not have the '
+                   'content that was saved')
+    elif record and 'data' in loaded and loaded['data'] != record['position']:
+      complaint = (f'{self.path(step)}/data: the position {loaded["data"]} is not '
+                   f'{record["position"]}, which was saved')
+    _raise_together(complaint)
     return loaded
 
   def restore_newest(self, abstract: State, aside: pathlib.Path) -> tuple[int, State, dict[str, int]]:
@@ -131,8 +148,11 @@ class Checkpoints:
           raise
         print(f'{found}; checkpoint {step} is set aside in {self._set_aside(step, aside)}',
               flush=True)
-    raise UserError(f'no checkpoint of {self._path} is sound; all are in {aside}, and the same '
-                    'command begins the run anew')
+    raise self._none_sound(aside)
+
+  def _none_sound(self, aside: pathlib.Path) -> UserError:
+    return UserError(f'no checkpoint of {self._path} is sound; all are in {aside}: put one back from a '
+                     'copy, or choose another --run_dir to begin anew')
 
   def _set_aside(self, step: int, aside: pathlib.Path) -> pathlib.Path:
     taken = len(list(aside.glob(f'{step}-*')))
@@ -151,6 +171,15 @@ class Checkpoints:
     """Waits and releases Orbax's threads."""
     self.wait()
     self._checkpointer.close()
+
+
+def _raise_together(complaint: str) -> None:
+  """Raises DamagedError on all processes if one of them has a complaint ('': none)."""
+  found = bool(complaint)
+  if jax.process_count() > 1:
+    found = bool(multihost_utils.process_allgather(np.array(found)).any())
+  if found:
+    raise stored.DamagedError(complaint or 'another process finds the checkpoint damaged')
 
 
 def _damage(path: pathlib.Path, step: int, error: Exception) -> str | None:

@@ -92,7 +92,8 @@ class WatchdogConfig:
 
   seconds: A[float, 'time without progress after which a process names its phase and writes its '
              'stacks; compiling a step counts, too; 0: never'] = 600.0
-  abort: A[bool, 'whether it then ends, with code 75, for a scheduler to start it again'] = False
+  abort: A[bool, 'whether it then ends, with code 75, for a scheduler to start it again; not '
+           'before its first step is done, nor in the report'] = False
 
   def __post_init__(self):
     if not (math.isfinite(self.seconds) and self.seconds >= 0):

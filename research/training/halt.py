@@ -39,10 +39,12 @@ class Halt:
   def _hear(self, number: int, frame: types.FrameType | None) -> None:
     """Remembers that the run was asked to stop; leaves at the second Ctrl-C."""
     del frame
-    again, self._asked_by = self._asked_by, signal.Signals(number).name
+    again, name = self._asked_by, signal.Signals(number).name
     if number == signal.SIGTERM:
+      self._asked_by = again or name
       return
-    if again == 'SIGINT':
+    self._asked_by = name
+    if again == name:
       os._exit(LEFT)
     # A print might be what was interrupted, and cannot be entered twice.
     os.write(2, b'\nfinishing the step and saving; Ctrl-C again to leave at once\n')

@@ -23,7 +23,8 @@ def join(run_dir: RunDir, restored: int | None) -> None:
     return
   first = RunDir(run_dir.whole)
   if restored is not None and run_dir.path != first.path and not _complete(run_dir, restored):
-    for name in ('config_json', 'manifest_json', 'metrics_jsonl', 'evals_jsonl', 'timings_jsonl'):
+    for name in ('config_json', 'manifest_json', 'metrics_jsonl', 'evals_jsonl', 'timings_jsonl',
+                 'skipped_jsonl'):
       source = getattr(first, name)
       if source.exists():
         write_whole(getattr(run_dir, name), source.read_text(encoding='utf-8'))

@@ -33,6 +33,7 @@ from research.training.logs import duration
 from research.training.observation import Observation
 from research.training.provenance import Chain, Window
 from research.training.recorder import Recorder
+from research.training.snapshots import SnapshotWriter
 from research.training.span import Span
 from research.training.start import parent_facts
 from research.training.watchdog import Watchdog
@@ -109,7 +110,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
            span: Span, halt: Halt, watchdog: Watchdog) -> None:
   source = inputs.source
   checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoints)
-  restored = checkpoints.steps[-1] if checkpoints.steps else None
+  restored = checkpoints.newest(run_dir.set_aside)
   join(run_dir, restored)
   manifest = _open_manifest(config, run_dir, inputs, mesh, restored, span)
   built = build_lib.build(config, mesh, manifest['numerics'])
@@ -129,9 +130,13 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
   manifest['peak'] = recorder.peak
   chain = Chain(config, manifest['hashes'], parent_facts(checkpoints, restored, manifest['parent']),
                 Window(first, built.local_rows(), built.owned_rows()))
+  # First, as it drops the snapshots after `kept`: what is left the watch reads.
+  snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
+                             kept)
   watch = Watch(config, inputs.items, source.tokenizer, source.start_id, built, run_dir, kept)
-  observation = Observation(config, run_dir, span, built, source, recorder, watch, checkpoints,
-                            chain, kept)
+  observation = Observation(config, run_dir, span, built, source, recorder, snapshots, watch,
+                            checkpoints, chain, kept)
+  watchdog.at('start', first)
   if restored is None:
     observation.state(first, state)
   stream = batches(inputs.trained_on, config.data.batch_size, first, built.local_rows(),
@@ -151,10 +156,10 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
 
   watchdog.at('save')
   observation.close()
+  if recorder.skipped.too_many:
+    raise recorder.skipped.stopped(step)
   if halting:
-    too_many = recorder.skipped.too_many
-    raise recorder.skipped.stopped(step) if too_many else halt.stopped(
-        step, span.last, run_dir.path)
+    raise halt.stopped(step, span.last, run_dir.path)
   watchdog.at('report')
   if _has_heldout_text(config) and span.last == config.n_steps:
     _score_heldout_text(config, run_dir, source, built, state.params)

@@ -28,14 +28,13 @@ class Observation:
   """
 
   def __init__(self, config: ExperimentConfig, run_dir: RunDir, span: Span, built: Build,
-               source: Source, recorder: Recorder, watch: Watch, checkpoints: Checkpoints,
-               chain: Chain, kept: int):
-    """Opens the snapshots, dropping those after step `kept` (-1: all), and places held-out batches."""
+               source: Source, recorder: Recorder, snapshots: SnapshotWriter, watch: Watch,
+               checkpoints: Checkpoints, chain: Chain, kept: int):
+    """Takes over what writes, places held-out batches; `kept` is the last step that stays."""
     self._config, self._span, self._chain = config, span, chain
     self.recorder, self._watch, self._checkpoints = recorder, watch, checkpoints
     self._observers = span.observers(run_dir, kept)
-    self._snapshots = SnapshotWriter(run_dir.snapshots, built.params,
-                                     config.checkpoints.snapshot_dtype, kept)
+    self._snapshots = snapshots
     self._eval_step = built.eval_step()
     self._heldout = [built.place_batch(batch) for batch in heldout_batches(
         source, config.data.batch_size, config.evals.n_batches, built.local_rows())]
@@ -105,7 +104,7 @@ class Observation:
     with self.recorder.phase('hash'):
       proof = self._chain.record(step, hashes.digests(items(state)), reached)
     with self.recorder.phase('save'):
-      self._snapshots.wait()
+      self._snapshots.sync()
       self.recorder.sync()
       self._observers.checkpoint(step, state)
       self._checkpoints.save(step, state, reached, proof)

@@ -36,6 +36,7 @@ class Skipped:
       judged_by: the metrics `guards.JUDGED_BY`.
     """
     if not row['skipped']:
+      self._last = None
       return
     known, in_a_row = judged_by.pop('usual_known'), int(judged_by.pop('skipped_in_a_row'))
     line = {'step': row['step'], 'loss': row['loss'], 'grad_norm': row['grad_norm'],

@@ -174,9 +174,11 @@ class SnapshotWriter:
     """
     self.wait()
     row = self._next_row
-    resizing = [array.resize(exclusive_max=(2 * row, *array.shape[1:]))
-                for array in self._arrays if row >= array.shape[0]]  # All arrays, or none.
-    self._arrays = [resized.result() for resized in resizing] or self._arrays
+    growing = [array.resize(exclusive_max=(2 * row, *array.shape[1:]))
+               if row >= array.shape[0] else None for array in self._arrays]
+    # A kill may have left some of them grown.
+    self._arrays = [array if grown is None else grown.result()
+                    for array, grown in zip(self._arrays, growing, strict=True)]
     writes = []
     for array, leaf in zip(self._arrays, jax.tree.leaves(stored), strict=True):
       for shard in leaf.addressable_shards:
@@ -199,6 +201,12 @@ class SnapshotWriter:
       self._commits.append(line)
       self._parent = line['hash']
     self._next_row += 1
+
+  def sync(self) -> None:
+    """Commits what is under way and brings all commits to the disk."""
+    self.wait()
+    if self._commits:
+      self._commits.sync()
 
   def close(self) -> None:
     """Commits what is under way and closes."""

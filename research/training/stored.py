@@ -42,7 +42,7 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     record = json.loads((path / RECORD).read_text(encoding='utf-8'))['custom_metadata']
-  except (OSError, ValueError, KeyError) as error:
+  except (FileNotFoundError, ValueError, KeyError) as error:  # Other OSErrors say nothing of it.
     raise DamagedError(f'its record cannot be read ({error})') from error
   if not isinstance(record, dict) or 'tensors' not in record:
     return {}
@@ -61,7 +61,8 @@ def _content(path: pathlib.Path) -> list[Any]:
 
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
   found = {str(file.relative_to(path)): file for file in sorted(path.rglob('*')) if file.is_file()}
-  found.pop(INVENTORY, None)
+  for name in (INVENTORY, f'{INVENTORY}.tmp'):
+    found.pop(name, None)
   return found
 
 

@@ -17,13 +17,16 @@ from research.training.config import WatchdogConfig
 PHASES = {
     'start': 'reading its checkpoint and opening its files',
     'data': 'waiting for data',
-    'step': 'computing a step, or waiting in it for other processes',
+    'step': 'compiling or computing a step, or waiting in it for other processes',
     'hash': 'hashing data or tensors',
     'save': 'saving, or waiting for other processes to have saved',
     'monitor': 'scoring monitors',
     'eval': 'computing the held-out loss',
-    'report': 'writing the report',
+    'report': 'scoring held-out text and writing the report',
 }
+# How long these take nobody knows, and what is ended in them would be ended in them again.
+UNBOUNDED = ('start', 'report')
+DISK_SECONDS = 10.0  # for writing stacks: the disk may be what hangs
 
 
 class Watchdog:
@@ -32,6 +35,7 @@ class Watchdog:
   def __init__(self, config: WatchdogConfig, run_dir: RunDir):
     self._config, self._path = config, run_dir.stacks_txt
     self._phase, self._step, self._since = 'start', 0, time.monotonic()
+    self._warm = False  # Whether a step was finished: the first is compiled.
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
@@ -47,6 +51,7 @@ class Watchdog:
 
   def at(self, phase: str, step: int | None = None) -> None:
     """Says that the run has come to a phase (a key of `PHASES`), and to a step if one is given."""
+    self._warm |= phase == 'step' and step is not None
     self._phase, self._step = phase, self._step if step is None else step
     self._since = time.monotonic()
 
@@ -64,13 +69,19 @@ class Watchdog:
     sentence = (f'no progress for {seconds:.0f} s: process {jax.process_index()} of '
                 f'{jax.process_count()} ({socket.gethostname()}) is {PHASES[self._phase]}, '
                 f'phase {self._phase} after step {self._step}; stacks in {self._path}')
+    print(f'watchdog: {sentence}', file=sys.stderr, flush=True)
+    distributed.tell(f'watchdog: {sentence}')
+    writing = threading.Thread(target=self._write_stacks, args=(sentence,), daemon=True)
+    writing.start()
+    writing.join(DISK_SECONDS)
+    if self._config.abort and self._warm and self._phase not in UNBOUNDED:
+      distributed.fail(sentence, roll_call.EXIT_CODE)
+      os._exit(roll_call.EXIT_CODE)
+
+  def _write_stacks(self, sentence: str) -> None:
+    """Appends the stacks of all threads to the run's file."""
     with open(self._path, 'a', encoding='utf-8') as file:
       file.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S%z")} {sentence}\n')
       file.flush()
       faulthandler.dump_traceback(file)
       file.write('\n')
-    print(f'watchdog: {sentence}', file=sys.stderr, flush=True)
-    distributed.tell(f'watchdog: {sentence}')
-    if self._config.abort:
-      distributed.fail(sentence, roll_call.EXIT_CODE)
-      os._exit(roll_call.EXIT_CODE)

@@ -62,8 +62,9 @@ def test_when_none_is_sound_nothing_is_begun_anew_unasked(short_run, quick_compi
   for step in (10, 20, 30):
     change_parameter(short_run.checkpoints / str(step))
   rows = short_run.metrics_jsonl.read_text()
-  with pytest.raises(UserError, match='no checkpoint of .* is sound; all are in .*set_aside'):
-    train(short_config(), RunDir(short_run.path))
+  for _ in range(2):  # Repeating the command does not begin anew either.
+    with pytest.raises(UserError, match='no checkpoint of .* is sound; all are in .*set_aside'):
+      train(short_config(), RunDir(short_run.path))
   assert short_run.metrics_jsonl.read_text() == rows
   assert sorted(path.name for path in short_run.set_aside.iterdir()) == ['10-0', '20-0', '30-0']
 

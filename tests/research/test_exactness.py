@@ -73,8 +73,9 @@ def pair(tmp_path_factory, environment):
   finished = run(whole, environment)
   assert finished.returncode == 0, finished.stderr
   assert finished.stdout.strip().splitlines()[-1] == f'report: {whole / "report.html"}'
-  kill_after(killed, 13, environment)
-  kill_after(killed, 27, environment)
+  # At both moments a snapshot that was committed after the last checkpoint has to be forgotten.
+  kill_after(killed, 17, environment)
+  kill_after(killed, 29, environment)
   resumed = run(killed, environment)
   assert resumed.returncode == 0, resumed.stderr
   assert 'resuming' in resumed.stdout

@@ -166,7 +166,8 @@ from research.run_dir import RunDir
 from research.training.config import WatchdogConfig
 from research.training.watchdog import Watchdog
 with Watchdog(WatchdogConfig(seconds=0.2, abort=True), RunDir({path!r})) as watchdog:
-  watchdog.at('eval', 3)
+  watchdog.at('step', 3)
+  watchdog.at('eval')
   time.sleep(60)
 """
 
