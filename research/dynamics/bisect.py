@@ -25,8 +25,8 @@ from research import build as build_lib
 from research.data import tokenizers
 from research.data.windows import document_rows, write_documents
 from research.dynamics.intervals import over_contexts
-from research.dynamics.original import Original, check_range
-from research.dynamics.replay import replay, trained_on
+from research.dynamics.original import Original, check_range, trained_on
+from research.dynamics.replay import replay
 from research.errors import UserError
 from research.monitors import table, watch
 from research.monitors.items import MonitorItem

@@ -6,6 +6,7 @@ The witness is another run of the same config, which training itself scored at e
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -17,7 +18,8 @@ from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research.data.edits import parse_edit
 from research.dynamics import bisect as bisect_lib
-from research.dynamics.counterfactual import as_csv, counterfactual
+from research.dynamics import verify
+from research.dynamics.counterfactual import as_csv, compare, counterfactual
 from research.dynamics.curves import read_curves
 from research.dynamics.original import open_original
 from research.dynamics.replay import replay
@@ -26,6 +28,7 @@ from research.errors import UserError
 from research.monitors import table
 from research.reports.comparison import write_comparison
 from research.run_dir import RunDir
+from research.training import hashes
 from research.training.checkpoints import Checkpoints
 from research.training.logs import read_rows
 from research.training.loop import train
@@ -124,6 +127,7 @@ def test_bits_do_not_depend_on_the_state_that_a_replay_starts_from(runs, tmp_pat
   again = RunDir(tmp_path / 'replay')
   said = replay(bare, again, (11, 13), DENSE)
   assert said.startswith('equal') and '13 rows of metrics' in said
+  assert said.endswith('; no full state (checkpoint) lay in the range to compare')
   assert same_snapshots(again, witness, (11, 12, 13))
   # A finished replay is reported, another one is not put over it.
   assert replay(bare, again, (11, 13), DENSE) == said
@@ -144,16 +148,64 @@ def test_a_difference_is_an_error_that_names_step_and_leaf(runs, tmp_path):
   leaf = SnapshotReader(broken.run_dir.snapshots).leaf(24, name)
   values = leaf.read().result()
   leaf.write(values + np.float32(0.5)).result()
+  commits = broken.run_dir.snapshots / 'commits.jsonl'
+  lines = read_rows(commits)
+  for line in lines:
+    if line['step'] == 24:
+      line['tensors'][name] = hashes.digest(values + np.float32(0.5))
+  commits.write_text(''.join(json.dumps(line) + '\n' for line in lines))
   with pytest.raises(ReplayError, match=f'^step 24: {name} of the snapshot differs .* 0.5 '):
     replay(original_of(broken.run_dir), RunDir(tmp_path / 'b'), (22, 24))
 
   # Of another machine the same difference is stated, and the replay goes on.
-  manifest = json.loads(broken.run_dir.manifest_json.read_text())
+  at_home = broken.run_dir.manifest_json.read_text()
+  manifest = json.loads(at_home)
   manifest['starts'][0]['machine']['threads'] = 99
   broken.run_dir.manifest_json.write_text(json.dumps(manifest))
   said = replay(original_of(broken.run_dir), RunDir(tmp_path / 'c'), (22, 24))
   assert 'different: 1 snapshot, the first at step 24' in said and f'most in {name} (0.5)' in said
   assert 'what is not the same: threads: 99 -> ' in said
+  # What a replay found at its start holds when it is reported or resumed at home.
+  broken.run_dir.manifest_json.write_text(at_home)
+  again = RunDir(tmp_path / 'c')
+  assert replay(original_of(broken.run_dir), again, (22, 24)) == said
+  shutil.rmtree(again.checkpoints)
+  again.done.unlink()
+  assert replay(original_of(broken.run_dir), again, (22, 24)) == said
+
+
+def test_damage_in_the_original_is_named_as_such(runs, tmp_path, capsys):
+  broken = copy_of(runs[0], tmp_path / 'broken').run_dir
+  name = sorted(path.name for path in broken.snapshots.iterdir() if path.is_dir())[0]
+  leaf = SnapshotReader(broken.snapshots).leaf(24, name)
+  leaf.write(leaf.read().result() + np.float32(0.5)).result()
+  for step in (20, 30):
+    file = max((file for file in (broken.checkpoints / str(step) / 'params').rglob('*')
+                if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+  again = RunDir(tmp_path / 'again')
+  said = replay(original_of(broken), again, (22, 31))
+  assert 'the checkpoint of step 20 is damaged, an earlier state is used' in capsys.readouterr().out
+  assert json.loads(again.manifest_json.read_text())['parent']['step'] == 10
+  assert said.startswith('equal to') and '21 rows of metrics' in said
+  assert f'{name} of step 24 does not have the content that was saved' in said
+  assert f'damaged in the original: {broken.checkpoints}/30: params.' in said
+  assert 'no full state (checkpoint) lay in the range' in said
+
+
+def test_gaps_that_are_no_numbers_do_not_show_as_zero(tmp_path):
+  then = {'a': np.array([np.nan, np.inf, 1]), 'b': np.ones(2), 'c': np.ones(3, np.float32)}
+  now = {'a': np.array([np.nan, np.inf, 3]), 'b': np.array([np.nan, 1]), 'c': then['c']}
+  found = verify.differences(then, now)
+  assert set(found) == {'a', 'b'} and found['a'] == 2 and np.isnan(found['b'])
+  run_dir = RunDir(tmp_path)
+  rows = [{'step': step, 'what': 'metrics', 'different': {'loss': gap, 'accuracy': 0.25}}
+          for step, gap in ((1, 0.5), (2, np.nan), (3, 0.5))]
+  run_dir.verified_jsonl.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  said = verify.verdict(run_dir, 'it', ['cpu: a -> b'])
+  assert 'loss by up to nan, most in loss (nan)' in said
 
 
 def changes_of(readings, state) -> list[tuple[int, int]]:
@@ -224,14 +276,31 @@ def test_swapping_windows_changes_what_follows_and_nothing_before(runs, tmp_path
   assert all(now[step][name] == then[step][name] for step in now
              for name in ('learning_rate', 'tokens'))
   loss = next(row for row in compared if row.name == 'loss')
-  expected = np.mean([now[s]['loss'] - then[s]['loss'] for s in range(25, 61)])
-  assert loss.gap == pytest.approx(expected, rel=1e-9) and loss.after.sum() == 36
+  same_batch = [s for s in range(25, 61) if not (24 < s <= 28 or 34 < s <= 38)]
+  expected = np.mean([now[s]['loss'] - then[s]['loss'] for s in same_batch])
+  assert loss.gap == pytest.approx(expected, rel=1e-9)
+  assert loss.steps[loss.after].tolist() == same_batch
   assert 'copying' in as_csv(compared)
   write_comparison(again.comparison_png, compared, edits)
   assert again.comparison_png.read_bytes()[:4] == b'\x89PNG'
   # A replay of the counterfactual is fed the edited data, from its own checkpoints.
   said = replay(open_original(str(again.whole)), RunDir(tmp_path / 'third'), (40, 42))
   assert said.startswith('equal to') and '2 rows of metrics' in said
+
+
+def test_what_cannot_be_compared_is_said(runs, tmp_path, capsys):
+  run_dir, _ = runs
+  items = table.read_item_table(run_dir.monitor_items)
+  other = copy_of(run_dir, tmp_path / 'other', 'checkpoints', 'snapshots').run_dir
+  compared = compare(run_dir, other, 40, [parse_edit('mask 40:50')])
+  assert {row.name for row in compared} == {'loss', 'heldout_loss', 'copying'}
+  table.write_item_table(other.monitor_items, items[::-1],
+                         [types.SimpleNamespace(n_prompt=2, straddles=False)] * len(items))
+  compared = compare(run_dir, other, 40, [parse_edit(f'mask 40:{N_STEPS}')])
+  assert {row.name for row in compared} == {'heldout_loss'}
+  said = capsys.readouterr().out.splitlines()
+  assert len(said) == 2 and said[0].startswith('the loss is not compared: no step')
+  assert said[1].startswith(f'accuracies are not compared: {run_dir.path} was scored with other')
 
 
 @pytest.mark.parametrize('call, words', [

@@ -64,6 +64,18 @@ def test_documents_are_those_of_the_batches(trained):
     assert len(here) == len(set(segments[segments > 0].tolist()))
 
 
+def test_documents_of_a_counterfactual_are_the_edited_ones(short_run):
+  manifest = json.loads(short_run.manifest_json.read_text())
+  manifest |= {'parent': {'run_dir': '', 'step': 10}, 'replay': {
+      'of': '', 'steps': [10, 30], 'edits': ['replace 20:21 4:5', 'mask 21:22']}}
+  before = list(open_trajectory(short_run.path).documents(4, 5))
+  short_run.manifest_json.write_text(json.dumps(manifest))
+  changed = open_trajectory(short_run.path)
+  texts = lambda documents: [document['text'] for document in documents]
+  assert before and texts(changed.documents(20, 21)) == texts(before)
+  assert all(document['masked'] for document in changed.documents(21, 22))
+
+
 def test_a_changed_tensor_is_not_read_silently(short_run):
   trajectory = open_trajectory(short_run.path)
   file = trajectory.file_of(8, 'final_norm.scale')
@@ -83,6 +95,7 @@ def test_a_changed_tensor_is_not_read_silently(short_run):
 @pytest.mark.parametrize('ask, words', [
     (lambda t: t.leaf(31, 'final_norm.scale'), 'no snapshot or checkpoint of step 31.*nearest are 30'),
     (lambda t: t.leaf(3, 'norm'), "no tensor 'norm'"),
+    (lambda t: t.documents(28, 31), 'documents=28:31: .* holds steps 0:30'),
     (lambda t: derived.chosen_steps(t, ['3', '99'], 2), '--steps=99.*nearest is 30'),
     (lambda t: derived.chosen_steps(t, ['3'], 2), '1 checkpoint is not enough'),
     (lambda t: paths.ema_weights(3, 1.0), '--decay=1.0 must lie')])
