@@ -26,6 +26,7 @@ from research.dynamics.replay import replay
 from research.dynamics.verify import ReplayError
 from research.errors import UserError
 from research.monitors import table
+from research.monitors.scoring import Scores
 from research.reports.comparison import write_comparison
 from research.run_dir import RunDir
 from research.training import hashes
@@ -33,7 +34,7 @@ from research.training.checkpoints import Checkpoints
 from research.training.logs import read_rows
 from research.training.loop import train
 from research.training.snapshots import SnapshotReader
-from tests.research.replay_runs import N_STEPS, SWITCHES, content, switching_run
+from tests.research.replay_runs import N_STEPS, SWITCHES, content, monitor, switching_run
 
 DENSE = [('checkpoints.snapshot_every', '1')]
 
@@ -182,9 +183,9 @@ def test_damage_in_the_original_is_named_as_such(runs, tmp_path, capsys):
   for step in (20, 30):
     file = max((file for file in (broken.checkpoints / str(step) / 'params').rglob('*')
                 if file.is_file()), key=lambda file: file.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
   again = RunDir(tmp_path / 'again')
   said = replay(original_of(broken), again, (22, 31))
   assert 'the checkpoint of step 20 is damaged, an earlier state is used' in capsys.readouterr().out
@@ -234,9 +235,9 @@ def test_bisect_finds_what_exhaustive_scoring_finds(runs, scored, tmp_path, caps
   for reading in result.readings:
     assert reading.accuracy == pytest.approx(accuracy[reading.step], abs=1e-9)
     assert reading.margin == pytest.approx(margin[reading.step], abs=1e-6)
-  saved = json.loads(again.bisection_json.read_text())
+  saved = json.loads(again.bisection_json('letters accuracy > 0.5').read_text())
   assert tuple(saved['found']) == result.found and saved['state'] == 'accuracy > 0.5'
-  documents = pd.read_parquet(again.documents_parquet)
+  documents = pd.read_parquet(again.documents_parquet('letters accuracy > 0.5'))
   assert set(documents['step']) == {result.found[1]}
   assert all(kind.endswith('zed.txt') for kind in documents['kind'])  # After the planted switch.
 
@@ -245,12 +246,46 @@ def test_bisect_finds_what_exhaustive_scoring_finds(runs, scored, tmp_path, caps
   thresholds = [t for t in (inside[1:] + inside[:-1]) / 2 if len(changes_of(
       list(enumerate(inside)), lambda x, t=t: x > t)) in (3, 5, 7)]
   assert thresholds, 'the margin moves one way only, choose another run'
+  rows = again.metrics_jsonl.stat().st_mtime_ns
   several = bisect_lib.bisect(original_of(run_dir), again, (first, last), 'copying',
                               bisect_lib.above('margin', float(thresholds[0])))
   expected = changes_of([(s, margin[s]) for s in range(first, last + 1)],
                         lambda x: x > thresholds[0])
   assert list(several.changes) == expected and several.found in several.changes
   assert f'changes {len(expected)} times' in str(several)
+  # The answer before it is still there, and nothing was trained again.
+  assert json.loads(again.bisection_json('letters accuracy > 0.5').read_text()) == saved
+  assert len(list(again.whole.glob('bisection-*.json'))) == 2
+  assert again.metrics_jsonl.stat().st_mtime_ns == rows
+
+
+def test_a_question_names_files_without_folders(tmp_path):
+  path = RunDir(tmp_path).bisection_json('control: a/b margin > 0.1')
+  assert path.parent == tmp_path and path.name == 'bisection-control:_a_b_margin-0.1.json'
+
+
+def test_the_whole_suite_is_scored_and_rows_are_chosen():
+  items = [dataclasses.replace(item, dataset='ab'[i % 2]) for i, item in enumerate(monitor())]
+  right = np.array([0.0 if item.dataset == 'a' else -9.0 for item in items])  # log-probabilities
+  scores = Scores(right, np.full(len(items), -3.0))
+  for dataset, accuracy in (('a', 1.0), ('b', 0.0)):
+    chosen = bisect_lib.chosen_items(items, dataset)
+    assert bisect_lib._read_items(items, chosen, 7, scores).accuracy == accuracy
+
+
+def test_a_change_within_the_intervals_is_said_to_be_uncertain():
+  bounds = {10: (.1, .3), 11: (.2, .6), 12: (.3, .8), 13: (.4, .9), 14: (.6, .9)}
+  readings = tuple(bisect_lib.Reading(step, (low + high) / 2, low, high, 0., np.nan, np.nan)
+                   for step, (low, high) in bounds.items())
+  result = bisect_lib.Bisection('letters', 8, bisect_lib.above(), readings, (11, 12), ((11, 12),))
+  assert ('not certain: no 95% interval over demonstration contexts excludes 0.5 at step 11 and 12; '
+          'the last before that does is of step 10, the first after of step 14') in str(result)
+  sharp = dataclasses.replace(readings[1], accuracy_high=.4), dataclasses.replace(
+      readings[2], accuracy_low=.55)
+  result = dataclasses.replace(result, readings=(readings[0], *sharp, *readings[3:]))
+  assert 'not certain' not in str(result)
+  margin = dataclasses.replace(result, state=bisect_lib.above('margin'))  # It has no intervals.
+  assert 'at step 11 and 12; the last before that does is of step (none)' in str(margin)
 
 
 def test_swapping_a_window_with_itself_changes_nothing(runs, tmp_path):
