@@ -11,9 +11,11 @@ A window A:B is the data that takes the state of step A to that of step B. Edits
   replace A:B C:D      A:B is fed what C:D is fed
   reorder A:B [SEED]   the rows of the window are permuted
   mask A:B [KIND ...]  rows of these kinds (families, entries of data.*.paths; none named: all)
-                       are taken out of the loss
+                       are taken out of the loss, a mean over tokens: what is left of a batch
+                       weighs more
 Everything before the first changed batch is checked to be equal to the original, bit for bit. The
-replay's directory is a run directory with its own report, comparison.csv and comparison.png.
+replay's directory is a run directory with its own report, comparison.csv and comparison.png; the loss is compared
+over steps that were fed the same batch in both runs.
 Placement settings can be overridden with --config.<name>=<value>. Repeating the command resumes.
 """
 

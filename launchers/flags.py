@@ -127,6 +127,15 @@ def _parse(argv: list[str]) -> list[str]:
     fail(error)
 
 
+def check_used(command: str, used: dict[str, list[str]]) -> None:
+  """Raises UserError for a flag that was given and that other commands use, this one does not."""
+  known = sorted({name for names in used.values() for name in names})
+  for name in known:
+    if flags.FLAGS[name].present and name not in used[command]:
+      said = ', '.join(f'--{flag}' for flag in used[command])
+      raise UserError(f'--{name} means nothing to {command}; it takes {said}')
+
+
 def fail(error: Exception) -> None:
   """Prints one sentence and ends the process with code 2."""
   print(f'error: {error}', file=sys.stderr)

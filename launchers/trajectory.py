@@ -34,6 +34,8 @@ from research.errors import UserError
 
 COMMANDS = {'list': looks.list_steps, 'audit': looks.audit, 'distance': looks.distance,
             'average': points.average, 'interpolate': points.interpolate}
+USED = {'list': ['json'], 'audit': ['table', 'json'], 'distance': ['steps', 'last', 'table', 'json'],
+        'average': ['steps', 'last', 'decay', 'to'], 'interpolate': ['steps', 'at', 'to']}
 
 for module in (looks, points):
   flags.adopt_module_key_flags(module)
@@ -42,6 +44,7 @@ for module in (looks, points):
 def main(command: str, location: str) -> int | None:
   if command not in COMMANDS:
     raise UserError(f'{command!r} is no command; choose one of {", ".join(COMMANDS)}')
+  shared.check_used(command, USED)
   return COMMANDS[command](location)
 
 

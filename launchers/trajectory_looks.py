@@ -10,10 +10,12 @@ from research.dynamics import audit as audit_lib
 from research.dynamics import paths
 from research.dynamics.audit_location import audit_location
 from research.dynamics.derived import chosen_steps
-from research.dynamics.trajectory import open_trajectory
+from research.dynamics.trajectory import Trajectory, open_trajectory
+from research.errors import UserError
 
 STEPS = flags.DEFINE_list('steps', [], 'steps of checkpoints, separated by commas')
-LAST = flags.DEFINE_integer('last', 10, 'how many checkpoints, the newest, where --steps is not given')
+LAST = flags.DEFINE_integer('last', 10, 'how many checkpoints, the newest, where --steps is not given',
+                            lower_bound=2)
 TABLE = flags.DEFINE_string(
     'table', '', 'audit: norms of every tensor and step; distance: every pair. A .csv or .parquet')
 JSON = flags.DEFINE_bool('json', False, 'print JSON')
@@ -22,6 +24,13 @@ JSON = flags.DEFINE_bool('json', False, 'print JSON')
 def _progress(name: str, done: int, of: int) -> None:
   if sys.stderr.isatty():
     print(f'\x1b[2K[{done + 1}/{of}] {name}', end='\r', file=sys.stderr, flush=True)
+
+
+def looked_at(trajectory: Trajectory) -> list[int]:
+  """Returns the steps of --steps or --last; raises UserError where both are given."""
+  if STEPS.value and flags.FLAGS['last'].present:
+    raise UserError('give --steps or --last, not both')
+  return chosen_steps(trajectory, STEPS.value, LAST.value)
 
 
 def list_steps(location: str) -> None:
@@ -48,7 +57,7 @@ def audit(location: str) -> int:
 def distance(location: str) -> None:
   """Prints mean and least distances by lag, and writes those of all pairs."""
   trajectory = open_trajectory(location)
-  steps = chosen_steps(trajectory, STEPS.value, LAST.value)
+  steps = looked_at(trajectory)
   table = paths.cyclic_table(steps, paths.distances(trajectory, steps, _progress),
                              paths.norms(trajectory, steps))
   if TABLE.value:

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from launchers.trajectory_looks import LAST, STEPS
+from launchers.trajectory_looks import STEPS, looked_at
 from research.dynamics import paths
 from research.dynamics.derived import check_target, chosen_steps, write_derived
 from research.dynamics.trajectory import RunTrajectory, open_trajectory
@@ -10,7 +10,7 @@ from research.errors import UserError
 from research.run_dir import RunDir
 
 DECAY = flags.DEFINE_float('decay', 0.0, 'average: decay of an exponential moving average; 0: mean')
-AT = flags.DEFINE_float('at', 0.5, 'interpolate: 0 is the first checkpoint, 1 the second')
+AT = flags.DEFINE_float('at', 0.5, 'interpolate: 0 is the earlier checkpoint, 1 the later')
 TO = flags.DEFINE_string('to', '', 'the run directory to write, a new one')
 
 
@@ -33,7 +33,7 @@ def _own(location: str) -> RunTrajectory:
 def average(location: str) -> None:
   """Writes the mean or the moving average of checkpoints as a run directory."""
   target, trajectory = _target(), _own(location)
-  steps = chosen_steps(trajectory, STEPS.value, LAST.value)
+  steps = looked_at(trajectory)
   weights = (paths.ema_weights(len(steps), DECAY.value) if DECAY.value
              else paths.uniform_weights(len(steps)))
   write_derived(target, trajectory, paths.combined(trajectory, steps, weights),

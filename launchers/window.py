@@ -13,8 +13,7 @@ from absl import flags
 
 from launchers import flags as shared
 from research.data.edits import parse_window
-from research.dynamics.original import check_range, open_original
-from research.dynamics.replay import trained_on
+from research.dynamics.original import check_range, open_original, trained_on
 from research.data.windows import write_documents
 
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'directory of a run')

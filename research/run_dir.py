@@ -42,8 +42,6 @@ class RunDir:
     self.report_html = self.path / 'report.html'
     self.figures = self.path / 'figures'
     self.verified_jsonl = self.path / 'verified.jsonl'
-    self.bisection_json = self.path / 'bisection.json'
-    self.documents_parquet = self.path / 'documents.parquet'
     self.comparison_csv = self.path / 'comparison.csv'
     self.comparison_png = self.path / 'comparison.png'
     self.done = self.whole / 'DONE'
@@ -75,6 +73,14 @@ class RunDir:
     lock.flush()
     self._lock = lock
 
+  def bisection_json(self, question: str) -> pathlib.Path:
+    """Returns where the answer of a bisection lies; `question` names what was asked."""
+    return self.path / f'bisection-{file_name(question)}.json'
+
+  def documents_parquet(self, question: str) -> pathlib.Path:
+    """Returns where the documents of the step lie that a bisection found."""
+    return self.path / f'documents-{file_name(question)}.parquet'
+
   @property
   def locked(self) -> bool:
     """Whether this process holds the directory."""
@@ -85,6 +91,11 @@ class RunDir:
     if self._lock is not None:
       self._lock.close()
       self._lock = None
+
+
+def file_name(text: str) -> str:
+  """Returns a text as a part of a file's name, without slashes and spaces."""
+  return text.replace(' > ', '-').replace('/', '_').replace(' ', '_')
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

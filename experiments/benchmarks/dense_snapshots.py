@@ -12,8 +12,6 @@ written at the end of both, after the window.
 
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
@@ -22,9 +20,8 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import estimate, machine, table
-from experiments.benchmarks.timing_rows import NEVER, window
+from experiments.benchmarks.timing_rows import NEVER, pretrain, window
 from research.dynamics.trajectory import open_trajectory
-from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
 
@@ -48,12 +45,7 @@ def run(folder: pathlib.Path, every: int) -> dict[str, float]:
   run_dir, n_steps = RunDir(folder), SNAPSHOTS.value * EVERY.value
   settings = {'n_steps': n_steps, 'monitors.suite': 'none', 'evals.every': 0,
               'checkpoints.every': NEVER, 'checkpoints.snapshot_every': every}
-  command = [sys.executable, '-m', 'launchers.pretrain', f'--experiment={EXPERIMENT.value}',
-             f'--run_dir={folder}', *(f'--config.{name}={value}' for name, value in settings.items())]
-  finished = subprocess.run(command, check=False, capture_output=True, text=True)
-  if finished.returncode:
-    raise UserError(f'{" ".join(command)} failed with code {finished.returncode}: '
-                    f'{finished.stderr.strip()[-2000:]}')
+  pretrain(EXPERIMENT.value, run_dir, settings)
   rows = read_rows(run_dir.timings_jsonl)
   return {'all': window(rows, skipped()), 'save': window(rows, skipped(), 'save_seconds'),
           'hash': window(rows, skipped(), 'hash_seconds')}

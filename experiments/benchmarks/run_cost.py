@@ -14,16 +14,13 @@ checkpoints 600), so that the window holds everything in the right proportion.
 
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
-import time
 
 from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import Estimate, estimate, machine, table
-from experiments.benchmarks.timing_rows import NEVER, window
+from experiments.benchmarks.timing_rows import NEVER, pretrain, window
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
@@ -48,15 +45,7 @@ COSTS = {'monitoring': (WITH, SAVING, 'monitor_seconds'),
 
 def _run(way: str, run_dir: RunDir) -> dict[str, float]:
   """Returns the seconds of one run: window, whole command, and each phase in the window."""
-  command = [sys.executable, '-m', 'launchers.pretrain', f'--experiment={EXPERIMENT.value}',
-             f'--run_dir={run_dir.path}', f'--config.n_steps={STEPS.value}',
-             *(f'--config.{name}={value}' for name, value in WAYS[way].items())]
-  start = time.perf_counter()
-  finished = subprocess.run(command, check=False, capture_output=True, text=True)
-  whole = time.perf_counter() - start
-  if finished.returncode:
-    raise UserError(f'{" ".join(command)} failed with code {finished.returncode}: '
-                    f'{finished.stderr.strip()[-2000:]}')
+  whole = pretrain(EXPERIMENT.value, run_dir, {'n_steps': STEPS.value, **WAYS[way]})
   rows = read_rows(run_dir.timings_jsonl)
   return {'window': window(rows, SKIP.value), 'command': whole,
           **{phase: window(rows, SKIP.value, phase) for _, _, phase in COSTS.values()}}

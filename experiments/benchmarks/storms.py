@@ -14,15 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
 import pyarrow.parquet as pq
 
 from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research import config as config_lib
+from research.dynamics import verify
 from research.errors import PREEMPTED
 from research.monitors import table
 from research.run_dir import RunDir
@@ -213,14 +213,14 @@ def differences(whole: RunDir, other: RunDir) -> list[str]:
     found.append(f'checkpoint {last} is missing')
   for step in sorted(set(with_states[0].steps) & set(with_states[1].steps)):
     states = [checkpoints.restore(step, built.abstract_state) for checkpoints in with_states]
-    found += [f'checkpoint {step}: {name}' for name in _unequal(*states)]
+    found += [f'checkpoint {step}: {name}' for name in verify.differences(*states)]
   for checkpoints in with_states:
     checkpoints.close()
   readers = [SnapshotReader(run_dir.snapshots) for run_dir in (whole, other)]
   if readers[0].steps != readers[1].steps:
     return [*found, f'snapshots of steps {readers[1].steps} instead of {readers[0].steps}']
   for step in readers[0].steps:
-    found += [f'snapshot {step}: {name}' for name in _unequal(
+    found += [f'snapshot {step}: {name}' for name in verify.differences(
         *(reader.params(step, built.params) for reader in readers))]
   steps = [table.score_steps(run_dir.monitor_scores) for run_dir in (whole, other)]
   if steps[0] != steps[1]:
@@ -238,11 +238,3 @@ def _built(run_dir: RunDir) -> build_lib.Build:
   config = dataclasses.replace(config, mesh=MeshConfig(data=1))
   numerics = manifest_lib.read(run_dir)['numerics']
   return build_lib.build(config, make_mesh(config.mesh, jax.devices()[:1]), numerics)
-
-
-def _unequal(a: Any, b: Any) -> list[str]:
-  """Returns the paths of leaves that differ in dtype or in any bit."""
-  return [jax.tree_util.keystr(path) for (path, x), y in zip(
-      jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
-          if np.asarray(x).dtype != np.asarray(y).dtype
-          or np.asarray(x).tobytes() != np.asarray(y).tobytes()]

@@ -1,8 +1,31 @@
-"""What the timing rows of runs say about a stretch of steps."""
+"""Runs of launchers.pretrain, and what their timing rows say about a stretch of steps."""
 
+import subprocess
+import sys
+import time
 from typing import Any
 
+from research.errors import UserError
+from research.run_dir import RunDir
+
 NEVER = 10**9  # steps between what is not to happen
+
+
+def pretrain(experiment: str, run_dir: RunDir, settings: dict[str, Any]) -> float:
+  """Runs an experiment with other settings, in a process of its own; returns its wall seconds.
+
+  Raises:
+    UserError: it failed; the message ends with what it said.
+  """
+  command = [sys.executable, '-m', 'launchers.pretrain', f'--experiment={experiment}',
+             f'--run_dir={run_dir.path}',
+             *(f'--config.{name}={value}' for name, value in settings.items())]
+  start = time.perf_counter()
+  finished = subprocess.run(command, check=False, capture_output=True, text=True)
+  if finished.returncode:
+    raise UserError(f'{" ".join(command)} failed with code {finished.returncode}: '
+                    f'{finished.stderr.strip()[-2000:]}')
+  return time.perf_counter() - start
 
 
 def window(rows: list[dict[str, Any]], skip: int, phase: str = '') -> float:

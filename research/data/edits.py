@@ -30,7 +30,8 @@ class Edit:
 
   Attributes:
     action: 'swap' exchanges two windows, 'replace' feeds `other` in place of `window`, 'reorder'
-      permutes the rows of `window`, 'mask' takes rows of it out of the loss. A step of which
+      permutes the rows of `window`, 'mask' takes rows of it out of the loss. The loss is a mean
+      over tokens, so those that are left in a batch weigh more than they did. A step of which
       nothing is left has zero gradients, but moments and weight decay still move parameters.
     other: the second window of 'swap' and 'replace'.
     kinds: families, or entries of the mixture, that 'mask' takes out; empty: all.

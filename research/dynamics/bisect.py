@@ -3,9 +3,10 @@
 Every state of the interval must be made whatever is searched, as training cannot skip steps; what a
 search saves is scoring. So the interval is replayed once with a snapshot of every step and without
 monitors; a binary search over the stored snapshots scores the logarithm of their number and gives
-the answer early; then the rest are scored, which confirms it and finds all other changes. Scores
-and snapshots stay in the replay's directory, so that a repeated command goes on where it was and
-another question about the same steps needs no training.
+the answer early; then the rest are scored, which confirms it and finds all other changes. All items
+of the suite are scored at once, and scores and snapshots stay in the replay's directory: a repeated
+command goes on where it was, and a question about another dataset or threshold between the same
+steps needs no training and no scoring again. Every question has result files of its own.
 """
 
 import collections
@@ -15,6 +16,7 @@ import difflib
 import itertools
 import json
 import math
+import pathlib
 import sys
 import time
 
@@ -25,8 +27,8 @@ from research import build as build_lib
 from research.data import tokenizers
 from research.data.windows import document_rows, write_documents
 from research.dynamics.intervals import over_contexts
-from research.dynamics.original import Original, check_range
-from research.dynamics.replay import replay, trained_on
+from research.dynamics.original import Original, check_range, trained_on
+from research.dynamics.replay import replay
 from research.errors import UserError
 from research.monitors import table, watch
 from research.monitors.items import MonitorItem
@@ -66,7 +68,7 @@ class Bisection:
   """What a search found.
 
   Attributes:
-    state: the state function in words.
+    state: the state function.
     readings: of every step of the interval, ascending.
     found: the adjacent pair of the binary search.
     changes: all adjacent pairs of steps in different states; more than one where it changes back.
@@ -74,7 +76,7 @@ class Bisection:
 
   dataset: str
   n_items: int
-  state: str
+  state: 'Above'
   readings: tuple[Reading, ...]
   found: tuple[int, int]
   changes: tuple[tuple[int, int], ...]
@@ -83,18 +85,24 @@ class Bisection:
     """Returns the reading of a step."""
     return self.readings[step - self.readings[0].step]
 
+  @property
+  def question(self) -> str:
+    """What was asked, in words."""
+    return f'{self.dataset} {self.state}'
+
   def as_json(self) -> str:
     """Returns everything as JSON; bounds that do not exist are null."""
     readings = [{name: None if math.isnan(value) else value
                  for name, value in dataclasses.asdict(reading).items()}
                 for reading in self.readings]
-    return json.dumps({**dataclasses.asdict(self), 'readings': readings}, indent=2) + '\n'
+    return json.dumps({**dataclasses.asdict(self), 'state': str(self.state), 'readings': readings},
+                      indent=2) + '\n'
 
   def __str__(self) -> str:
     first, last = self.readings[0].step, self.readings[-1].step
     a, b = self.found
     lines = [f'{self.dataset} ({self.n_items} items, {self.state}) changes between steps {a} and '
-             f'{b}:', f'  {self.at(a)}', f'  {self.at(b)}']
+             f'{b}:', f'  {self.at(a)}', f'  {self.at(b)}', *self._certainty()]
     if len(self.changes) == 1:
       lines.append(f'confirmed: scored at every step from {first} to {last}, it changes only there')
     else:
@@ -104,6 +112,20 @@ class Bisection:
                 f'margin {self.at(a).margin:+.3f} to {self.at(b).margin:+.3f}'
                 for a, b in self.changes]
     return '\n'.join(lines)
+
+  def _certainty(self) -> list[str]:
+    """Returns what to say where an interval beside the change contains the threshold."""
+    a, b = self.found
+    within = [step for step in self.found if not self.state.excluded_by(self.at(step))]
+    if not within:
+      return []
+    first, last = self.readings[0].step, self.readings[-1].step
+    before = [step for step in range(first, a + 1) if self.state.excluded_by(self.at(step))]
+    after = [step for step in range(b, last + 1) if self.state.excluded_by(self.at(step))]
+    return [f'  not certain: no 95% interval over demonstration contexts excludes '
+            f'{self.state.threshold:g} at step {" and ".join(map(str, within))}; the last before '
+            f'that does is of step {before[-1] if before else "(none)"}, the first after of step '
+            f'{after[0] if after else "(none)"}']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +137,11 @@ class Above:
 
   def __call__(self, reading: Reading) -> bool:
     return getattr(reading, self.measure) > self.threshold
+
+  def excluded_by(self, reading: Reading) -> bool:
+    """Returns whether the interval of a reading lies on one side of the threshold; no: none is."""
+    low, high = (getattr(reading, f'{self.measure}_{end}') for end in ('low', 'high'))
+    return low > self.threshold or high < self.threshold
 
   def __str__(self) -> str:
     return f'{self.measure} > {self.threshold:g}'
@@ -152,18 +179,20 @@ def search(state: Callable[[int], bool], first: int, last: int) -> tuple[int, in
   return first, last
 
 
-def chosen_items(original: Original, overrides: list[tuple[str, str]], dataset: str
-                 ) -> list[MonitorItem]:
-  """Returns the items of a dataset, or those of a family that are no controls, of the run's suite.
+def suite_of(original: Original, overrides: list[tuple[str, str]]) -> list[MonitorItem]:
+  """Returns the items that the run was scored with, or those of a suite that overrides name."""
+  config, changed = original.configured(overrides)
+  if 'monitors.suite' in changed or not original.run_dir.monitor_items.exists():
+    return watch.suite_items(config)
+  return table.read_item_table(original.run_dir.monitor_items)
+
+
+def chosen_items(items: Sequence[MonitorItem], dataset: str) -> list[MonitorItem]:
+  """Returns the items of a dataset, or those of a family that are no controls.
 
   Raises:
     UserError: no such dataset; the message names those that there are.
   """
-  config, changed = original.configured(overrides)
-  if 'monitors.suite' in changed or not original.run_dir.monitor_items.exists():
-    items = watch.suite_items(config)
-  else:
-    items = table.read_item_table(original.run_dir.monitor_items)
   chosen = [item for item in items if item.dataset == dataset] or [
       item for item in items if item.family == dataset and not item.is_control]
   if not chosen:
@@ -176,19 +205,22 @@ def chosen_items(original: Original, overrides: list[tuple[str, str]], dataset: 
 
 
 class _Readings:
-  """Readings of the snapshots of a replay, scored when first asked for and kept on disk."""
+  """Readings of the snapshots of a replay, scored when first asked for and kept on disk.
 
-  def __init__(self, original: Original, run_dir: RunDir, items: list[MonitorItem],
-               overrides: list[tuple[str, str]]):
+  All of `suite` is scored, `items` of it are read.
+  """
+
+  def __init__(self, original: Original, run_dir: RunDir, suite: list[MonitorItem],
+               items: list[MonitorItem], overrides: list[tuple[str, str]]):
     config, _ = original.configured(overrides)
     manifest = manifest_lib.read(run_dir)
     self._built = build_lib.build(config, make_mesh(config.mesh), manifest['numerics'])
     self._scorer = watch.make_scorer(config, tokenizers.load(run_dir.tokenizer_json),
-                                     manifest['start_id'], self._built, items)
-    self._items, self._run_dir = items, run_dir
+                                     manifest['start_id'], self._built, suite)
+    self._suite, self._items, self._run_dir = suite, items, run_dir
     self._snapshots = SnapshotReader(run_dir.snapshots)
     if not run_dir.monitor_items.exists():
-      table.write_item_table(run_dir.monitor_items, items, self._scorer.encoded)
+      table.write_item_table(run_dir.monitor_items, suite, self._scorer.encoded)
 
   def __call__(self, step: int) -> Reading:
     path = watch.scored_path(self._run_dir, step)
@@ -196,15 +228,14 @@ class _Readings:
       stored = self._built.place_params(self._snapshots.params(step, self._built.params))
       scores = watch.score_snapshot(self._scorer, self._built, stored)
       table.write_scores(self._run_dir.monitor_scores, step, scores)
-    return read_monitor(self._items, step, table.read_scores(path)[1])
+    return _read_items(self._suite, self._items, step, table.read_scores(path)[1])
 
 
 def bisect(original: Original, run_dir: RunDir, between: tuple[int, int], dataset: str,
-           state: Callable[[Reading], bool], overrides: Sequence[tuple[str, str]] = ()
-           ) -> Bisection:
+           state: Above, overrides: Sequence[tuple[str, str]] = ()) -> Bisection:
   """Returns the step at which a monitor changes state, and every change of the interval.
 
-  Writes bisection.json, the documents of the found step and a report into the replay's directory.
+  Writes the answer, the documents of the found step and a report into the replay's directory.
 
   Args:
     original: the run.
@@ -220,14 +251,15 @@ def bisect(original: Original, run_dir: RunDir, between: tuple[int, int], datase
   """
   overrides = list(overrides)
   check_range(original, *between, '--between')
-  items = chosen_items(original, overrides, dataset)
-  if run_dir.monitor_items.exists() and table.read_item_table(run_dir.monitor_items) != items:
+  suite = suite_of(original, overrides)
+  items = chosen_items(suite, dataset)
+  if run_dir.monitor_items.exists() and table.read_item_table(run_dir.monitor_items) != suite:
     raise UserError(f'{run_dir.path} holds scores of other items; choose another directory')
   _check_stored_ends(original, between, items, dataset, state)
   every_step = [('checkpoints.snapshot_every', '1'), ('monitors.suite', 'none'),
                 ('evals.every', '0')]
   print(replay(original, run_dir, between, [*overrides, *every_step]), flush=True)
-  readings = _Readings(original, run_dir, items, overrides)
+  readings = _Readings(original, run_dir, suite, items, overrides)
   _check_ends([readings(step) for step in between], dataset, state)
 
   def said_state(step: int) -> bool:
@@ -242,9 +274,9 @@ def bisect(original: Original, run_dir: RunDir, between: tuple[int, int], datase
   states = [state(reading) for reading in all_readings]
   changes = [(between[0] + i, between[0] + i + 1) for i, (old, new) in enumerate(
       itertools.pairwise(states)) if old != new]
-  result = Bisection(dataset, len(items), str(state), tuple(all_readings), found, tuple(changes))
-  write_whole(run_dir.bisection_json, result.as_json())
-  _write_documents(original, run_dir, found)
+  result = Bisection(dataset, len(items), state, tuple(all_readings), found, tuple(changes))
+  write_whole(run_dir.bisection_json(result.question), result.as_json())
+  _write_documents(original, run_dir.documents_parquet(result.question), found)
   build_report(run_dir)
   return result
 
@@ -255,11 +287,18 @@ def _check_stored_ends(original, between, items, dataset, state) -> None:
   files = [folder / table.scores_name(step) for step in between]
   if not all(file.exists() for file in files):
     return
-  index = {item: i for i, item in enumerate(table.read_item_table(original.run_dir.monitor_items))}
-  if set(items) <= index.keys():
-    rows = [index[item] for item in items]
-    _check_ends([read_monitor(items, step, Scores(*(column[rows] for column in scores)))
+  scored = table.read_item_table(original.run_dir.monitor_items)
+  if set(items) <= set(scored):
+    _check_ends([_read_items(scored, items, step, scores)
                  for step, scores in map(table.read_scores, files)], dataset, state)
+
+
+def _read_items(scored: Sequence[MonitorItem], items: Sequence[MonitorItem], step: int,
+                scores: Scores) -> Reading:
+  """Returns the reading of those `items` of all that were scored."""
+  index = {item: i for i, item in enumerate(scored)}
+  rows = [index[item] for item in items]
+  return read_monitor(items, step, Scores(*(column[rows] for column in scores)))
 
 
 def _check_ends(ends: list[Reading], dataset: str, state) -> None:
@@ -282,13 +321,13 @@ def _every_reading(readings: _Readings, between: tuple[int, int]) -> list[Readin
   return found
 
 
-def _write_documents(original: Original, run_dir: RunDir, found: tuple[int, int]) -> None:
+def _write_documents(original: Original, path: pathlib.Path, found: tuple[int, int]) -> None:
   """Writes the documents of the found step and says of which kinds they are."""
   source, batch_size = trained_on(original), original.config.data.batch_size
   kinds = collections.Counter()
   for row in document_rows(source, batch_size, *found):
     kinds[row['kind']] += row['n_tokens']
-  n_documents = write_documents(run_dir.documents_parquet, source, batch_size, *found)
+  n_documents = write_documents(path, source, batch_size, *found)
   print(f'what step {found[1]} was trained on: {n_documents} documents in '
-        f'{run_dir.documents_parquet} ('
+        f'{path} ('
         + ', '.join(f'{kind} {n} tokens' for kind, n in kinds.most_common()) + ')', flush=True)

@@ -13,6 +13,7 @@ from research.dynamics.intervals import Band, over_contexts
 from research.dynamics.original import Original
 from research.dynamics.replay import replay
 from research.errors import UserError
+from research.monitors.table import read_item_table
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
 
@@ -25,7 +26,8 @@ class Compared:
     name: 'loss', 'heldout_loss', or the accuracy of a family (controls by 'control: family').
     steps: int [T], steps at which both have it.
     original, changed: its course in both; bands over demonstration contexts for accuracies.
-    after: bool [T], steps that come after the first changed batch.
+    after: bool [T], steps that come after the first changed batch; of 'loss', those of them that
+      were fed the same batch in both runs.
     gap: mean over those steps of changed - original.
     low, high: 95% interval of `gap` over demonstration contexts, which both runs share; NaN for
       losses and where there are too few contexts.
@@ -72,29 +74,44 @@ def counterfactual(original: Original, run_dir: RunDir, edits: Sequence[Edit], u
         raise UserError(f'edit {str(edit)!r} changes steps {a}:{b}, but --until={until} comes '
                         f'before; the run has steps up to {original.last}')
   said = replay(original, run_dir, (first, until), list(overrides), edits)
-  compared = compare(original.run_dir, run_dir, first)
+  compared = compare(original.run_dir, run_dir, first, edits)
   write_whole(run_dir.comparison_csv, as_csv(compared))
   return said, compared
 
 
-def compare(original: RunDir, changed: RunDir, first: int) -> list[Compared]:
-  """Returns losses and accuracies that both runs have, from the step before `first` on."""
+def compare(original: RunDir, changed: RunDir, first: int, edits: Sequence[Edit]
+            ) -> list[Compared]:
+  """Returns losses and accuracies that both runs have; gaps are of steps after `first`.
+
+  The loss of a step whose batch an edit changed is of other tokens, and left out of the gap. What
+  cannot be compared is said.
+  """
   found = []
   for name, log in (('loss', 'metrics_jsonl'), ('heldout_loss', 'evals_jsonl')):
     rows = [{row['step']: row[name] for row in read_rows(getattr(run, log))}
             for run in (original, changed)]
     steps = np.array(sorted(rows[0].keys() & rows[1].keys()), np.int64)
-    if np.any(steps > first):
+    after = steps > first
+    if name == 'loss':
+      for a, b in (window for edit in edits for window in edit.changed):
+        after &= (steps <= a) | (steps > b)
+      if not np.any(after):
+        print('the loss is not compared: no step after the first change was fed the same batch in '
+              'both runs', flush=True)
+    if np.any(after):
       values = [np.array([by_step[step] for step in steps.tolist()]) for by_step in rows]
-      after = steps > first
       nothing = np.full(len(steps), np.nan)
       found.append(Compared(
           name, steps, *(Band(value, nothing, nothing) for value in values), after,
           float(np.mean((values[1] - values[0])[after])), float('nan'), float('nan')))
+  items = [read_item_table(run.monitor_items) if run.monitor_items.exists() else []
+           for run in (original, changed)]
+  if items[0] != items[1]:
+    print(f'accuracies are not compared: {original.path} was scored with other monitor items than '
+          f'{changed.path} ({len(items[0])} and {len(items[1])})', flush=True)
+    return found
   curves = [read_curves(run.monitor_items, run.monitor_scores) for run in (original, changed)]
-  if curves[0].contexts == curves[1].contexts:
-    found += _families(*curves, first)
-  return found
+  return found + _families(*curves, first)
 
 
 def _families(original: Curves, changed: Curves, first: int) -> list[Compared]:

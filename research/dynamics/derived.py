@@ -7,7 +7,9 @@ read it, and `start.run_dir` trains on from it.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 import json
+import os
 import shutil
 from typing import Any
 
@@ -28,7 +30,7 @@ from research.training.snapshots import SnapshotWriter, leaf_names
 
 def write_derived(target: RunDir, trajectory: RunTrajectory, tensors: Iterator[tuple[str, np.ndarray]],
                   made_by: dict[str, Any]) -> None:
-  """Writes parameters as a run directory; only the result is in memory as a whole.
+  """Writes parameters as a run directory, whole or not at all; only the result is in memory whole.
 
   Args:
     target: the new directory.
@@ -40,6 +42,16 @@ def write_derived(target: RunDir, trajectory: RunTrajectory, tensors: Iterator[t
     UserError: the target exists and is not empty, or parameters are missing.
   """
   check_target(target)
+  unfinished = RunDir(target.path.with_name(target.path.name + '.unfinished'))
+  if unfinished.path.exists():  # Of a process that was interrupted.
+    shutil.rmtree(unfinished.path)
+  _write(unfinished, trajectory, tensors, made_by)
+  os.replace(unfinished.path, target.path)
+
+
+def _write(target: RunDir, trajectory: RunTrajectory, tensors: Iterator[tuple[str, np.ndarray]],
+           made_by: dict[str, Any]) -> None:
+  """Writes what `write_derived` says into a directory that is renamed when it is whole."""
   config = trajectory.config
   config = dataclasses.replace(config, checkpoints=dataclasses.replace(
       config.checkpoints, snapshot_dtype='float32'))
@@ -86,14 +98,14 @@ def _write_records(target: RunDir, trajectory: RunTrajectory, config: Any, made_
 
 
 def chosen_steps(trajectory: Trajectory, steps: Sequence[str], last: int) -> list[int]:
-  """Returns the steps that a command names, or the last so many of the trajectory.
+  """Returns the steps that a command names, ascending, or the last so many of the trajectory.
 
   Raises:
-    UserError: one is no number or not there, or fewer than two are left.
+    UserError: one is no number, not there or named twice, or there are fewer than two.
   """
   if steps:
     try:
-      wanted = [int(step) for step in steps]
+      wanted = sorted(map(int, steps))
     except ValueError as error:
       raise UserError(f'--steps={",".join(steps)} must be whole numbers') from error
   else:
@@ -103,6 +115,9 @@ def chosen_steps(trajectory: Trajectory, steps: Sequence[str], last: int) -> lis
     near = min(trajectory.steps, key=lambda step: abs(step - missing[0]))
     raise UserError(f'--steps={missing[0]}: no such checkpoint in {trajectory.location}; the '
                     f'nearest is {near}')
+  if len(set(wanted)) < len(wanted):
+    twice = next(a for a, b in itertools.pairwise(wanted) if a == b)
+    raise UserError(f'--steps names {twice} more than once; name every checkpoint once')
   if len(wanted) < 2:
     raise UserError(f'{len(wanted)} checkpoint is not enough; give two or more with --steps')
   return wanted

@@ -1,7 +1,8 @@
-"""A run that is replayed, read only: its settings, its rows and the full states to start from."""
+"""A run that is replayed, read only: its settings, rows and data, the full states to start from."""
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -12,9 +13,12 @@ import jax
 from research import config as config_lib
 from research import overrides as overrides_lib
 from research.config import ExperimentConfig
+from research.data.batches import Source, make_source
+from research.data.edits import edited, parse_edit
 from research.errors import UserError
-from research.run_dir import RunDir
+from research.run_dir import CACHE, RunDir
 from research.training import manifest as manifest_lib
+from research.training import stored
 from research.training.checkpoints import Checkpoints
 from research.training.logs import read_rows
 from research.training.snapshots import SnapshotReader
@@ -86,16 +90,20 @@ class Original:
     return ([] if self.manifest.get('replay') else [0]) + self.checkpoint_steps
 
   def nearest_state(self, step: int) -> int:
-    """Returns the last step up to `step` whose full state is at hand.
+    """Returns the last step up to `step` whose full state is at hand and sound; says which is not.
 
     Raises:
       UserError: there is none, as in a replay whose first checkpoint comes later.
     """
-    earlier = [at for at in self.states if at <= step]
-    if not earlier:
-      raise UserError(f'{self.name} has no full state up to step {step}; it has those of steps '
-                      f'{self.states}')
-    return earlier[-1]
+    for at in reversed([at for at in self.states if at <= step]):
+      path = self.run_dir.checkpoints / str(at)
+      damage = next(stored.damage(path, at), None) if at in self.checkpoint_steps else None
+      if damage is None:
+        return at
+      print(f'note: the checkpoint of step {at} is damaged, an earlier state is used: {damage}',
+            flush=True)
+    raise UserError(f'{self.name} has no sound full state up to step {step}; it has those of steps '
+                    f'{self.states}')
 
   def configured(self, overrides: list[tuple[str, str]]) -> tuple[ExperimentConfig, dict[str, Any]]:
     """Returns its config with overrides, and the settings that they change: path -> [old, new].
@@ -133,6 +141,20 @@ class Original:
       said.append(f'mesh: {self.manifest["mesh"]} -> {dict(mesh.shape)}')
     return said + self.machine_differences(first, last)
 
+  def own_differences(self) -> list[str]:
+    """Returns, of a replay, all on which bits may depend that was not as in its own original.
+
+    That is what its first start found and what has changed between its starts since.
+    """
+    harmless = {setting.path for setting in config_lib.settings(self.config)
+                if not changes_bits(setting.path)}
+    said = [text for text in self.manifest['differs'] if text.partition(': ')[0] not in harmless]
+    for before, start in itertools.pairwise(self.manifest['starts']):
+      said += manifest_lib.differing_facts(before['machine'], start['machine'])
+      said += [f'{path}: {old} -> {new}' for path, (old, new) in start['changes'].items()
+               if changes_bits(path)]
+    return said
+
   def code_difference(self) -> str:
     """Returns what to say of the code where it is not the one of the run's last start, or ''."""
     then, now = self.manifest['starts'][-1], manifest_lib.code_version()
@@ -162,3 +184,24 @@ def check_range(original: Original, first: int, last: int, what: str) -> None:
   if not original.first <= first < last <= original.last:
     raise UserError(f'{what}={first}:{last}: {original.name} holds steps '
                     f'{original.first}:{original.last}')
+
+
+def trained_on(original: Original) -> Source:
+  """Returns the source of a run's batches, edits of a replay included.
+
+  Raises:
+    UserError: its data is gone or has changed since.
+  """
+  config = original.config
+  source = make_source(config.data, config.n_steps, CACHE)
+  check_data(original, source)
+  return edited(source, config.data.batch_size, [parse_edit(text) for text in original.edits])
+
+
+def check_data(original: Original, source: Source) -> None:
+  """Raises UserError where a source or its tokenizer is not the one that the run was made with."""
+  for name, now in (('data', source.hash), ('tokenizer', source.tokenizer.hash)):
+    if original.manifest['hashes'][name] != now:
+      then = original.manifest['hashes'][name]
+      raise UserError(f'{original.name} was made with {name} {then[:12]}, now its hash is '
+                      f'{now[:12]}; the {name} has changed since')

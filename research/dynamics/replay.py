@@ -13,13 +13,13 @@ from parallelism.mesh import make_mesh
 from research import build as build_lib
 from research.build import Build
 from research.config import ExperimentConfig
-from research.data.batches import Source, make_source
+from research.data.batches import Source
 from research.data.edits import Edit, check_edits, edited, parse_edit
 from research.data.tokenizers import Tokenizer
-from research.dynamics.original import Original, changes_bits, check_range
+from research.dynamics.original import Original, changes_bits, check_data, check_range
 from research.dynamics.verify import Verifier, verdict
 from research.errors import UserError
-from research.run_dir import CACHE, RunDir
+from research.run_dir import RunDir
 from research.training import manifest as manifest_lib
 from research.training.checkpoints import Checkpoints
 from research.training.loop import train
@@ -68,7 +68,7 @@ class Replay(Span):
 
   def data(self, source: Source) -> Source:
     """Returns the original's source with the edits; raises UserError where the data has changed."""
-    _check_data(self._original, source)
+    check_data(self._original, source)
     return edited(source, self._original.config.data.batch_size, self._edits)
 
   def begin(self, built: Build, config: ExperimentConfig, parent: dict[str, Any]
@@ -84,26 +84,6 @@ class Replay(Span):
   def observers(self, run_dir: RunDir, kept: int) -> Verifier:
     """Returns what compares the replay with the original."""
     return Verifier(self._original, run_dir, kept, self.equal_until, self._reasons)
-
-
-def trained_on(original: Original) -> Source:
-  """Returns the source of a run's batches, edits of a replay included.
-
-  Raises:
-    UserError: its data is gone or has changed since.
-  """
-  config = original.config
-  source = make_source(config.data, config.n_steps, CACHE)
-  _check_data(original, source)
-  return edited(source, config.data.batch_size, [parse_edit(text) for text in original.edits])
-
-
-def _check_data(original: Original, source: Source) -> None:
-  for name, now in (('data', source.hash), ('tokenizer', source.tokenizer.hash)):
-    if original.manifest['hashes'][name] != now:
-      then = original.manifest['hashes'][name]
-      raise UserError(f'{original.name} was made with {name} {then[:12]}, now its hash is '
-                      f'{now[:12]}; the {name} has changed since')
 
 
 def replay(original: Original, run_dir: RunDir, steps: tuple[int, int],
@@ -133,13 +113,16 @@ def replay(original: Original, run_dir: RunDir, steps: tuple[int, int],
                     'choose a directory outside it')
   check_edits(edits, original.config.data, original.config.n_steps)
   config, changed = original.configured(list(overrides))
-  begun = manifest_lib.read(run_dir)
-  first = begun['parent']['step'] if begun and begun.get('replay') else (
-      original.nearest_state(steps[0]))
-  try:
-    reasons = original.differences(changed, make_mesh(config.mesh), first, steps[1])
-  except ValueError as error:
-    raise UserError(str(error)) from error
+  manifest = manifest_lib.read(run_dir)
+  begun = Original(run_dir, config, manifest) if manifest and manifest.get('replay') else None
+  first = begun.first if begun else original.nearest_state(steps[0])
+  reasons = [] if begun is None else begun.own_differences()
+  if not run_dir.done.exists():
+    try:
+      reasons += original.differences(changed, make_mesh(config.mesh), first, steps[1])
+    except ValueError as error:
+      raise UserError(str(error)) from error
+  reasons = list(dict.fromkeys(reasons))
   every = tuple(parse_edit(text) for text in original.edits) + tuple(edits)
   span = Replay(original, steps, first, every, reasons, changed)
   if not run_dir.done.exists():

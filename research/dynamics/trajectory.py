@@ -26,12 +26,14 @@ import pyarrow as pa
 
 from research import config as config_lib
 from research.config import ExperimentConfig
-from research.data.batches import Source, make_source, window_documents
+from research.data.batches import Source
+from research.data.windows import document_rows
+from research.dynamics.original import Original, check_range, trained_on
 from research.dynamics.public_trajectory import PublicTrajectory, find_series
 from research.dynamics.series import CheckpointSeries, SnapshotSeries
 from research.errors import UserError
 from research.monitors.table import score_table
-from research.run_dir import CACHE, RunDir
+from research.run_dir import RunDir
 from research.training.logs import read_rows
 from research.training.snapshots import leaf_names
 
@@ -159,21 +161,24 @@ class RunTrajectory:
 
   @functools.cached_property
   def source(self) -> Source:
-    """The data that the run read, opened again; raises DataError where it is gone."""
-    return make_source(self.config.data, self.config.n_steps, CACHE)
+    """The data that the run was trained on, edits of a counterfactual included.
+
+    Raises UserError where they are gone or have changed since.
+    """
+    return trained_on(self._original)
+
+  @functools.cached_property
+  def _original(self) -> Original:
+    return Original(self.run_dir, self.config, self.manifest)
 
   def documents(self, first: int, last: int) -> Iterator[dict[str, Any]]:
-    """Yields every document that steps (first, last] consumed, with step and row of its batch.
+    """Returns what took the state of `first` to that of `last`, see `windows.document_rows`.
 
     Raises:
-      UserError: the data are not those that the run was trained on.
+      UserError: no such steps, or the data are not those that the run was trained on.
     """
-    if self.source.hash != self.manifest['hashes']['data']:
-      raise UserError(f'the data of {self.run_dir.path} have changed since: their hash is '
-                      f'{self.source.hash[:12]}, was {self.manifest["hashes"]["data"][:12]}')
-    # The batch with number k is consumed by the step after k steps.
-    for document in window_documents(self.source, self.config.data.batch_size, first, last):
-      yield {**document, 'step': document['step'] + 1}
+    check_range(self._original, first, last, 'documents')
+    return document_rows(self.source, self.config.data.batch_size, first, last)
 
   def file_of(self, step: int, name: str) -> pathlib.Path:
     """Returns the file or folder that holds a tensor."""

@@ -1,9 +1,10 @@
 """Compares a replay with its original, bit for bit, while it is made."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable
 import functools
 import json
+import math
 from typing import Any
 
 import jax
@@ -14,11 +15,11 @@ from research.dynamics.original import Original
 from research.errors import UserError
 from research.monitors import table
 from research.run_dir import RunDir
-from research.training.checkpoints import Checkpoints
+from research.training.checkpoints import items
 from research.training.logs import JsonLines, read_rows
-from research.training.snapshots import leaf_names
 from research.training.span import Observers
 from research.training.step import State
+from research.training.stored import DamagedError, StoredCheckpoint, read_record
 
 _NOUNS = {  # one, several
     'metrics': ('row of metrics', 'rows of metrics'),
@@ -60,33 +61,22 @@ class Verifier(Observers):
   def snapshot(self, step: int, stored: Any) -> None:
     """Compares every leaf with the snapshot that the original stored."""
     reader = self._original.snapshots
-    if step not in reader.steps or step > self._until:
-      return
-    different = {}
-    for name, leaf in zip(leaf_names(stored), jax.tree.leaves(stored), strict=True):
-      then = reader.leaf(step, name)
-      parts = ((then[shard.index] if shard.index else then, shard) for shard in _own_shards(leaf))
-      different |= _differences(name, ((part.read().result(), shard.data) for part, shard in parts))
-    self._note(step, 'snapshot', different)
+    if step in reader.steps and step <= self._until:
+      self._compare(step, 'snapshot', stored, lambda name: reader.read([step], name)[0])
 
   def checkpoint(self, step: int, state: State) -> None:
-    """Compares every leaf of the state with the original's checkpoint, read into host memory."""
+    """Compares every leaf of the state with the original's checkpoint, read leaf by leaf."""
     self._log.sync()  # What is noted up to a checkpoint stays when a replay is resumed from it.
     if step not in self._original.checkpoint_steps or step > self._until:
       return
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), state)
-    checkpoints = Checkpoints(self._original.run_dir.checkpoints)
-    then, _ = checkpoints.restore(step, abstract)
-    checkpoints.close()
-    different = {}
-    for (path, leaf), old in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(then),
-                                 strict=True):
-      old = np.asarray(old)
-      different |= _differences(
-          path_name(path), ((old[shard.index], shard.data) for shard in _own_shards(leaf)))
-    self._note(step, 'checkpoint', different)
+    path, record = self._original.run_dir.checkpoints / str(step), functools.cache(read_record)
+
+    def read(name: str) -> np.ndarray:
+      try:
+        return StoredCheckpoint(path).read(name, record(path).get('tensors', {}).get(name, ''))
+      except DamagedError as error:
+        raise DamagedError(f'{path}: {name} {error}') from error
+    self._compare(step, 'checkpoint', items(state), read)
 
   def scores(self, step: int) -> None:
     """Compares the scores of a step that both runs scored with the same items."""
@@ -97,7 +87,7 @@ class Verifier(Observers):
     then, now = (table.read_scores(file)[1] for file in files)
     different = {}
     for name, old, new in zip(then._fields, then, now, strict=True):
-      different |= _differences(name, [(old, new)])
+      different |= _difference(name, old, new)
     self._note(step, 'scores', different)
 
   @functools.cached_property
@@ -109,6 +99,23 @@ class Verifier(Observers):
     """Closes the record."""
     self._log.close()
 
+  def _compare(self, step: int, what: str, now: Any, read: Callable[[str], np.ndarray]) -> None:
+    """Compares a tree of arrays on the mesh with what `read` says of each leaf's name.
+
+    What is damaged in the original is said and noted, and no difference of the replay.
+    """
+    different = {}
+    for path, leaf in jax.tree.leaves_with_path(now):
+      name = path_name(path)
+      try:
+        different |= _difference(name, read(name), leaf)
+      except DamagedError as error:
+        print(f'note: step {step}: the {what} of the original is damaged and not compared, {error}',
+              flush=True)
+        self._log.append({'step': step, 'what': what, 'different': {}, 'damaged': str(error)})
+        return
+    self._note(step, what, different)
+
   def _note(self, step: int, what: str, different: dict[str, float]) -> None:
     self._log.append({'step': step, 'what': what, 'different': different})
     if different and not self._reasons:
@@ -119,35 +126,51 @@ class Verifier(Observers):
           f'the same{self._original.code_difference()}')
 
 
-def _own_shards(leaf: jax.Array):
-  return [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+def differences(then: Any, now: Any) -> dict[str, float]:
+  """Returns {dotted name: greatest absolute difference} of the leaves that differ in any bit.
+
+  NaN where a number stands against none.
+
+  Args:
+    then, now: trees of the same structure of arrays, each addressable as a whole.
+  """
+  found = {}
+  for (path, x), y in zip(jax.tree.leaves_with_path(then), jax.tree.leaves(now), strict=True):
+    found |= _difference(path_name(path), x, y)
+  return found
 
 
-def _differences(name: str, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-  """Returns {name: greatest absolute difference}, {} where all bits are equal."""
-  worst = None
-  for then, now in pairs:
-    then, now = np.asarray(then), np.asarray(now)
-    if then.dtype != now.dtype or then.tobytes() != now.tobytes():
-      gap = np.max(np.abs(then.astype(np.float64) - now.astype(np.float64)), initial=0.0)
-      worst = max(worst or 0.0, float(gap))
-  return {} if worst is None else {name: worst}
+def _difference(name: str, then: Any, now: Any) -> dict[str, float]:
+  then, now = np.asarray(then), np.asarray(now)
+  if (then.dtype, then.shape) == (now.dtype, now.shape) and then.tobytes() == now.tobytes():
+    return {}
+  if then.shape != now.shape:
+    return {name: math.nan}
+  then, now = then.astype(np.float64), now.astype(np.float64)
+  same = (then == now) | (np.isnan(then) & np.isnan(now))
+  with np.errstate(invalid='ignore'):  # Of infinities that are equal.
+    gaps = np.where(same, 0.0, np.abs(then - now))
+  return {name: float(np.max(gaps, initial=0.0))}
 
 
 def verdict(run_dir: RunDir, name: str, reasons: list[str]) -> str:
   """Returns in words what was compared with the run `name`, and how it came out."""
-  rows = read_rows(run_dir.verified_jsonl)
+  noted = read_rows(run_dir.verified_jsonl)
+  rows = [row for row in noted if 'damaged' not in row]
   if not rows:
     return f'nothing to compare with {name}: no step before the first changed one'
   said = _counted(rows)
+  said += '' if any(row['what'] == 'checkpoint' for row in rows) else (
+      '; no full state (checkpoint) lay in the range to compare')
+  said += ''.join(f'; damaged in the original: {row["damaged"]}' for row in noted if row not in rows)
   wrong = [row for row in rows if row['different']]
   if not wrong:
     return f'equal to {name} bit for bit: {said}'
   worst = {}
   for row in wrong:
     for leaf, gap in row['different'].items():
-      worst[leaf] = max(worst.get(leaf, 0.0), gap)
-  largest = max(worst, key=worst.get)
+      worst[leaf] = float(np.maximum(worst.get(leaf, 0.0), gap))  # Unlike max, keeps NaN.
+  largest = max(worst, key=lambda leaf: (math.isnan(worst[leaf]), worst[leaf]))
   return (f'compared with {name}: {said}; different: {_counted(wrong)}, the first at step '
           f'{wrong[0]["step"]}, loss by up to {worst.get("loss", 0.0):.3g}, most in {largest} '
           f'({worst[largest]:.3g}); what is not the same: {"; ".join(reasons)}')

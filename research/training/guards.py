@@ -24,11 +24,11 @@ class GuardState(NamedTuple):
   """What is usual, and counts.
 
   Attributes:
-    recent_2R: loss and logarithm of the gradient norm of the last `window` accepted steps, float32;
-      a ring, written at `accepted` modulo its length.
-    accepted: steps that updated the parameters, int32.
-    skipped: steps that did not, int32.
-    in_a_row: those of them since the last accepted one, int32.
+    recent_2R: loss and logarithm of the gradient norm of the last `window` steps that `accepted`
+      counts, float32; a ring, written at `accepted` modulo its length.
+    accepted: steps that updated the parameters and had tokens with a loss, int32.
+    skipped: steps that did not update them, int32.
+    in_a_row: those of them since the last update, int32.
   """
 
   recent_2R: jax.Array
@@ -50,7 +50,7 @@ def _medians(values_2R: jax.Array) -> jax.Array:
 
 
 def judge(config: GuardConfig, state: GuardState, loss: jax.Array, grad_norm: jax.Array,
-          finite: jax.Array) -> tuple[jax.Array, GuardState, dict[str, jax.Array]]:
+          finite: jax.Array, fed: jax.Array) -> tuple[jax.Array, GuardState, dict[str, jax.Array]]:
   """Returns whether a step counts, the state after it and the metrics `JUDGED_BY`.
 
   Args:
@@ -59,6 +59,8 @@ def judge(config: GuardConfig, state: GuardState, loss: jax.Array, grad_norm: ja
     loss: of the whole batch.
     grad_norm: of the whole batch's gradients.
     finite: whether all numbers of the step are.
+    fed: whether any token of the batch has a loss; a batch without one, all of it masked, says
+      nothing of what is usual.
   """
   now = jnp.stack([loss, jnp.log(jnp.maximum(grad_norm, jnp.finfo(jnp.float32).tiny))])
   usual = _medians(state.recent_2R)
@@ -67,10 +69,10 @@ def judge(config: GuardConfig, state: GuardState, loss: jax.Array, grad_norm: ja
   known = state.accepted >= config.window
   spike = known & jnp.any(now > usual + config.spike_threshold * scale)
   accept = finite & ~spike if config.spike_threshold else finite
-  one = accept.astype(jnp.int32)
+  one, counts = accept.astype(jnp.int32), accept & fed
   written_2R = state.recent_2R.at[:, state.accepted % config.window].set(now)
   after = GuardState(
-      jnp.where(accept, written_2R, state.recent_2R), state.accepted + one,
+      jnp.where(counts, written_2R, state.recent_2R), state.accepted + counts.astype(jnp.int32),
       state.skipped + 1 - one, (state.in_a_row + 1) * (1 - one))
   judged_by = (usual[0], scale[0], usual[1], scale[1], known, after.in_a_row)
   return accept, after, {name: jnp.float32(value)

@@ -113,5 +113,9 @@ def said(replay: dict[str, Any]) -> str:
 
 def machine_changes(manifest: dict[str, Any]) -> list[str]:
   """Returns what differs between this machine and that of the last start, as short phrases."""
-  then, now = manifest['starts'][-1]['machine'], machine_facts()
+  return differing_facts(manifest['starts'][-1]['machine'], machine_facts())
+
+
+def differing_facts(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+  """Returns what differs between two machines, as short phrases."""
   return [f'{name}: {then.get(name)} -> {now[name]}' for name in now if then.get(name) != now[name]]

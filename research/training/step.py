@@ -144,12 +144,14 @@ def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransfo
 
   def train_step(state: State, batch: Batch):
     carry, key = jax.random.split(jax.random.wrap_key_data(state.rng))
-    n_tokens = jnp.maximum(batch['loss_mask'].sum(), 1.0)
+    n_with_loss = batch['loss_mask'].sum()
+    n_tokens = jnp.maximum(n_with_loss, 1.0)
     loss, sums, grads = total_up(state.params, batch, jax.random.key_data(key), n_tokens)
     grad_norm = optax.tree.norm(grads)
     lr = learning_rate(state.step)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(lr)
-    accept, guard, judged_by = guards.judge(config.guards, state.guard, loss, grad_norm, finite)
+    accept, guard, judged_by = guards.judge(
+        config.guards, state.guard, loss, grad_norm, finite, n_with_loss > 0)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + lr * u.astype(p.dtype), state.params, updates)
     ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema,
@@ -162,7 +164,7 @@ def make_train_step(config, total_up: Callable, optimizer: optax.GradientTransfo
         'z_loss': sums['z_loss'] / n_tokens, 'router_loss': sums['router'],
         'accuracy': sums['correct'] / n_tokens, 'grad_norm': grad_norm,
         'param_norm': optax.tree.norm(new.params), 'learning_rate': lr,
-        'batch_tokens': batch['loss_mask'].sum(), 'skipped': 1.0 - accept.astype(jnp.float32),
+        'batch_tokens': n_with_loss, 'skipped': 1.0 - accept.astype(jnp.float32),
         'skipped_total': guard.skipped.astype(jnp.float32), **judged_by}
     if config.model.moe.n_experts:
       metrics |= {f'expert_{name}': sums[name] for name in LOADS}

@@ -76,7 +76,9 @@ def test_bisect_and_its_window(trained, environment, tmp_path):
   output = launch(environment, 'bisect', f'--run_dir={trained.whole}', '--between=40:60',
                   '--dataset=flipped', '--measure=margin', f'--threshold={threshold}',
                   f'--to={tmp_path}/bisect')
-  found = json.loads(RunDir(tmp_path / 'bisect').bisection_json.read_text())
+  question = f'flipped margin > {threshold:g}'
+  again = RunDir(tmp_path / 'bisect')
+  found = json.loads(again.bisection_json(question).read_text())
   a, b = found['found']
   states = {reading['step']: reading['margin'] > threshold for reading in found['readings']}
   assert b == a + 1 and states[a] != states[b] and list(states) == list(range(40, 61))
@@ -85,7 +87,7 @@ def test_bisect_and_its_window(trained, environment, tmp_path):
   launch(environment, 'window', f'--run_dir={trained.whole}', f'--steps={a}:{b}',
          f'--to={tmp_path}/window.parquet')
   documents = pd.read_parquet(tmp_path / 'window.parquet')
-  assert documents.equals(pd.read_parquet(tmp_path / 'bisect' / 'documents.parquet'))
+  assert documents.equals(pd.read_parquet(again.documents_parquet(question)))
   assert (documents['step'] == b).all() and documents['row'].nunique() == 48
 
 

@@ -56,7 +56,8 @@ def test_judged_as_by_a_loop_over_lists():
   state, counts = guards.fresh(config), []
   for loss, norm in zip(losses, norms, strict=True):
     loss, norm = jnp.float32(loss), jnp.float32(norm)
-    accept, state, seen = judge(config, state, loss, norm, jnp.isfinite(loss) & jnp.isfinite(norm))
+    accept, state, seen = judge(config, state, loss, norm, jnp.isfinite(loss) & jnp.isfinite(norm),
+                                True)
     counts.append(bool(accept))
   assert counts == judged_by_numpy(config, losses, norms)
   skipped = [step for step, counted in enumerate(counts) if not counted]
@@ -71,8 +72,22 @@ def test_without_a_threshold_only_what_is_not_finite_is_skipped():
   state = guards.fresh(config)
   for loss, counts in ((1, True), (1, True), (1, True), (1e9, True), (math.inf, False)):
     accept, state, _ = guards.judge(config, state, jnp.float32(loss), jnp.float32(1),
-                                    jnp.isfinite(loss))
+                                    jnp.isfinite(loss), True)
     assert bool(accept) == counts
+
+
+def test_batches_without_a_loss_say_nothing_of_what_is_usual():
+  """A masked window longer than the ring: what comes after it is no spike, a spike still is one."""
+  config = GuardConfig(spike_threshold=8.0, window=5)
+  judge = jax.jit(guards.judge, static_argnums=0)
+  state, accepted = guards.fresh(config), []
+  steps = [(3.0, 1.0, True)] * 6 + [(0.0, 0.0, False)] * 9 + [(3.0, 1.0, True), (9.0, 1.0, True)]
+  for loss, norm, fed in steps:
+    accept, state, _ = judge(config, state, jnp.float32(loss), jnp.float32(norm), True, fed)
+    accepted.append(bool(accept))
+  assert accepted == [True] * 16 + [False]
+  assert (int(state.accepted), int(state.skipped)) == (7, 1)
+  np.testing.assert_array_equal(state.recent_2R, [[3.0] * 5, [0.0] * 5])
 
 
 @pytest.mark.parametrize('settings, words', [

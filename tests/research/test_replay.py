@@ -6,6 +6,7 @@ The witness is another run of the same config, which training itself scored at e
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -17,20 +18,23 @@ from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research.data.edits import parse_edit
 from research.dynamics import bisect as bisect_lib
-from research.dynamics.counterfactual import as_csv, counterfactual
+from research.dynamics import verify
+from research.dynamics.counterfactual import as_csv, compare, counterfactual
 from research.dynamics.curves import read_curves
 from research.dynamics.original import open_original
 from research.dynamics.replay import replay
 from research.dynamics.verify import ReplayError
 from research.errors import UserError
 from research.monitors import table
+from research.monitors.scoring import Scores
 from research.reports.comparison import write_comparison
 from research.run_dir import RunDir
+from research.training import hashes
 from research.training.checkpoints import Checkpoints
 from research.training.logs import read_rows
 from research.training.loop import train
 from research.training.snapshots import SnapshotReader
-from tests.research.replay_runs import N_STEPS, SWITCHES, content, switching_run
+from tests.research.replay_runs import N_STEPS, SWITCHES, content, monitor, switching_run
 
 DENSE = [('checkpoints.snapshot_every', '1')]
 
@@ -124,6 +128,7 @@ def test_bits_do_not_depend_on_the_state_that_a_replay_starts_from(runs, tmp_pat
   again = RunDir(tmp_path / 'replay')
   said = replay(bare, again, (11, 13), DENSE)
   assert said.startswith('equal') and '13 rows of metrics' in said
+  assert said.endswith('; no full state (checkpoint) lay in the range to compare')
   assert same_snapshots(again, witness, (11, 12, 13))
   # A finished replay is reported, another one is not put over it.
   assert replay(bare, again, (11, 13), DENSE) == said
@@ -144,16 +149,64 @@ def test_a_difference_is_an_error_that_names_step_and_leaf(runs, tmp_path):
   leaf = SnapshotReader(broken.run_dir.snapshots).leaf(24, name)
   values = leaf.read().result()
   leaf.write(values + np.float32(0.5)).result()
+  commits = broken.run_dir.snapshots / 'commits.jsonl'
+  lines = read_rows(commits)
+  for line in lines:
+    if line['step'] == 24:
+      line['tensors'][name] = hashes.digest(values + np.float32(0.5))
+  commits.write_text(''.join(json.dumps(line) + '\n' for line in lines))
   with pytest.raises(ReplayError, match=f'^step 24: {name} of the snapshot differs .* 0.5 '):
     replay(original_of(broken.run_dir), RunDir(tmp_path / 'b'), (22, 24))
 
   # Of another machine the same difference is stated, and the replay goes on.
-  manifest = json.loads(broken.run_dir.manifest_json.read_text())
+  at_home = broken.run_dir.manifest_json.read_text()
+  manifest = json.loads(at_home)
   manifest['starts'][0]['machine']['threads'] = 99
   broken.run_dir.manifest_json.write_text(json.dumps(manifest))
   said = replay(original_of(broken.run_dir), RunDir(tmp_path / 'c'), (22, 24))
   assert 'different: 1 snapshot, the first at step 24' in said and f'most in {name} (0.5)' in said
   assert 'what is not the same: threads: 99 -> ' in said
+  # What a replay found at its start holds when it is reported or resumed at home.
+  broken.run_dir.manifest_json.write_text(at_home)
+  again = RunDir(tmp_path / 'c')
+  assert replay(original_of(broken.run_dir), again, (22, 24)) == said
+  shutil.rmtree(again.checkpoints)
+  again.done.unlink()
+  assert replay(original_of(broken.run_dir), again, (22, 24)) == said
+
+
+def test_damage_in_the_original_is_named_as_such(runs, tmp_path, capsys):
+  broken = copy_of(runs[0], tmp_path / 'broken').run_dir
+  name = sorted(path.name for path in broken.snapshots.iterdir() if path.is_dir())[0]
+  leaf = SnapshotReader(broken.snapshots).leaf(24, name)
+  leaf.write(leaf.read().result() + np.float32(0.5)).result()
+  for step in (20, 30):
+    file = max((file for file in (broken.checkpoints / str(step) / 'params').rglob('*')
+                if file.is_file()), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+  again = RunDir(tmp_path / 'again')
+  said = replay(original_of(broken), again, (22, 31))
+  assert 'the checkpoint of step 20 is damaged, an earlier state is used' in capsys.readouterr().out
+  assert json.loads(again.manifest_json.read_text())['parent']['step'] == 10
+  assert said.startswith('equal to') and '21 rows of metrics' in said
+  assert f'{name} of step 24 does not have the content that was saved' in said
+  assert f'damaged in the original: {broken.checkpoints}/30: params.' in said
+  assert 'no full state (checkpoint) lay in the range' in said
+
+
+def test_gaps_that_are_no_numbers_do_not_show_as_zero(tmp_path):
+  then = {'a': np.array([np.nan, np.inf, 1]), 'b': np.ones(2), 'c': np.ones(3, np.float32)}
+  now = {'a': np.array([np.nan, np.inf, 3]), 'b': np.array([np.nan, 1]), 'c': then['c']}
+  found = verify.differences(then, now)
+  assert set(found) == {'a', 'b'} and found['a'] == 2 and np.isnan(found['b'])
+  run_dir = RunDir(tmp_path)
+  rows = [{'step': step, 'what': 'metrics', 'different': {'loss': gap, 'accuracy': 0.25}}
+          for step, gap in ((1, 0.5), (2, np.nan), (3, 0.5))]
+  run_dir.verified_jsonl.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  said = verify.verdict(run_dir, 'it', ['cpu: a -> b'])
+  assert 'loss by up to nan, most in loss (nan)' in said
 
 
 def changes_of(readings, state) -> list[tuple[int, int]]:
@@ -182,9 +235,9 @@ def test_bisect_finds_what_exhaustive_scoring_finds(runs, scored, tmp_path, caps
   for reading in result.readings:
     assert reading.accuracy == pytest.approx(accuracy[reading.step], abs=1e-9)
     assert reading.margin == pytest.approx(margin[reading.step], abs=1e-6)
-  saved = json.loads(again.bisection_json.read_text())
+  saved = json.loads(again.bisection_json('letters accuracy > 0.5').read_text())
   assert tuple(saved['found']) == result.found and saved['state'] == 'accuracy > 0.5'
-  documents = pd.read_parquet(again.documents_parquet)
+  documents = pd.read_parquet(again.documents_parquet('letters accuracy > 0.5'))
   assert set(documents['step']) == {result.found[1]}
   assert all(kind.endswith('zed.txt') for kind in documents['kind'])  # After the planted switch.
 
@@ -193,12 +246,46 @@ def test_bisect_finds_what_exhaustive_scoring_finds(runs, scored, tmp_path, caps
   thresholds = [t for t in (inside[1:] + inside[:-1]) / 2 if len(changes_of(
       list(enumerate(inside)), lambda x, t=t: x > t)) in (3, 5, 7)]
   assert thresholds, 'the margin moves one way only, choose another run'
+  rows = again.metrics_jsonl.stat().st_mtime_ns
   several = bisect_lib.bisect(original_of(run_dir), again, (first, last), 'copying',
                               bisect_lib.above('margin', float(thresholds[0])))
   expected = changes_of([(s, margin[s]) for s in range(first, last + 1)],
                         lambda x: x > thresholds[0])
   assert list(several.changes) == expected and several.found in several.changes
   assert f'changes {len(expected)} times' in str(several)
+  # The answer before it is still there, and nothing was trained again.
+  assert json.loads(again.bisection_json('letters accuracy > 0.5').read_text()) == saved
+  assert len(list(again.whole.glob('bisection-*.json'))) == 2
+  assert again.metrics_jsonl.stat().st_mtime_ns == rows
+
+
+def test_a_question_names_files_without_folders(tmp_path):
+  path = RunDir(tmp_path).bisection_json('control: a/b margin > 0.1')
+  assert path.parent == tmp_path and path.name == 'bisection-control:_a_b_margin-0.1.json'
+
+
+def test_the_whole_suite_is_scored_and_rows_are_chosen():
+  items = [dataclasses.replace(item, dataset='ab'[i % 2]) for i, item in enumerate(monitor())]
+  right = np.array([0.0 if item.dataset == 'a' else -9.0 for item in items])  # log-probabilities
+  scores = Scores(right, np.full(len(items), -3.0))
+  for dataset, accuracy in (('a', 1.0), ('b', 0.0)):
+    chosen = bisect_lib.chosen_items(items, dataset)
+    assert bisect_lib._read_items(items, chosen, 7, scores).accuracy == accuracy
+
+
+def test_a_change_within_the_intervals_is_said_to_be_uncertain():
+  bounds = {10: (.1, .3), 11: (.2, .6), 12: (.3, .8), 13: (.4, .9), 14: (.6, .9)}
+  readings = tuple(bisect_lib.Reading(step, (low + high) / 2, low, high, 0., np.nan, np.nan)
+                   for step, (low, high) in bounds.items())
+  result = bisect_lib.Bisection('letters', 8, bisect_lib.above(), readings, (11, 12), ((11, 12),))
+  assert ('not certain: no 95% interval over demonstration contexts excludes 0.5 at step 11 and 12; '
+          'the last before that does is of step 10, the first after of step 14') in str(result)
+  sharp = dataclasses.replace(readings[1], accuracy_high=.4), dataclasses.replace(
+      readings[2], accuracy_low=.55)
+  result = dataclasses.replace(result, readings=(readings[0], *sharp, *readings[3:]))
+  assert 'not certain' not in str(result)
+  margin = dataclasses.replace(result, state=bisect_lib.above('margin'))  # It has no intervals.
+  assert 'at step 11 and 12; the last before that does is of step (none)' in str(margin)
 
 
 def test_swapping_a_window_with_itself_changes_nothing(runs, tmp_path):
@@ -224,14 +311,31 @@ def test_swapping_windows_changes_what_follows_and_nothing_before(runs, tmp_path
   assert all(now[step][name] == then[step][name] for step in now
              for name in ('learning_rate', 'tokens'))
   loss = next(row for row in compared if row.name == 'loss')
-  expected = np.mean([now[s]['loss'] - then[s]['loss'] for s in range(25, 61)])
-  assert loss.gap == pytest.approx(expected, rel=1e-9) and loss.after.sum() == 36
+  same_batch = [s for s in range(25, 61) if not (24 < s <= 28 or 34 < s <= 38)]
+  expected = np.mean([now[s]['loss'] - then[s]['loss'] for s in same_batch])
+  assert loss.gap == pytest.approx(expected, rel=1e-9)
+  assert loss.steps[loss.after].tolist() == same_batch
   assert 'copying' in as_csv(compared)
   write_comparison(again.comparison_png, compared, edits)
   assert again.comparison_png.read_bytes()[:4] == b'\x89PNG'
   # A replay of the counterfactual is fed the edited data, from its own checkpoints.
   said = replay(open_original(str(again.whole)), RunDir(tmp_path / 'third'), (40, 42))
   assert said.startswith('equal to') and '2 rows of metrics' in said
+
+
+def test_what_cannot_be_compared_is_said(runs, tmp_path, capsys):
+  run_dir, _ = runs
+  items = table.read_item_table(run_dir.monitor_items)
+  other = copy_of(run_dir, tmp_path / 'other', 'checkpoints', 'snapshots').run_dir
+  compared = compare(run_dir, other, 40, [parse_edit('mask 40:50')])
+  assert {row.name for row in compared} == {'loss', 'heldout_loss', 'copying'}
+  table.write_item_table(other.monitor_items, items[::-1],
+                         [types.SimpleNamespace(n_prompt=2, straddles=False)] * len(items))
+  compared = compare(run_dir, other, 40, [parse_edit(f'mask 40:{N_STEPS}')])
+  assert {row.name for row in compared} == {'heldout_loss'}
+  said = capsys.readouterr().out.splitlines()
+  assert len(said) == 2 and said[0].startswith('the loss is not compared: no step')
+  assert said[1].startswith(f'accuracies are not compared: {run_dir.path} was scored with other')
 
 
 @pytest.mark.parametrize('call, words', [

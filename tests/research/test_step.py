@@ -85,6 +85,15 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(name):
   assert metrics['skipped'] == 0 and np.isfinite(metrics['loss'])
 
 
+def test_a_batch_without_a_loss_does_not_enter_the_guard():
+  built = build(OptimizerConfig(warmup_steps=0))
+  step, state = built.train_step(), built.init_state()
+  masked = {**batch_of(1), 'loss_mask': np.zeros((8, 16), np.float32)}
+  for batch, accepted in ((batch_of(0), 1), (masked, 1), (batch_of(2), 2)):
+    state, metrics = step(state, built.place_batch(batch))
+    assert metrics['skipped'] == 0 and int(state.guard.accepted) == accepted
+
+
 def test_moving_average_in_closed_form():
   built = build(OptimizerConfig(warmup_steps=0, ema_decay=0.75))
   step, state = built.train_step(), built.init_state()

@@ -64,6 +64,18 @@ def test_documents_are_those_of_the_batches(trained):
     assert len(here) == len(set(segments[segments > 0].tolist()))
 
 
+def test_documents_of_a_counterfactual_are_the_edited_ones(short_run):
+  manifest = json.loads(short_run.manifest_json.read_text())
+  manifest |= {'parent': {'run_dir': '', 'step': 10}, 'replay': {
+      'of': '', 'steps': [10, 30], 'edits': ['replace 20:21 4:5', 'mask 21:22']}}
+  before = list(open_trajectory(short_run.path).documents(4, 5))
+  short_run.manifest_json.write_text(json.dumps(manifest))
+  changed = open_trajectory(short_run.path)
+  texts = lambda documents: [document['text'] for document in documents]
+  assert before and texts(changed.documents(20, 21)) == texts(before)
+  assert all(document['masked'] for document in changed.documents(21, 22))
+
+
 def test_a_changed_tensor_is_not_read_silently(short_run):
   trajectory = open_trajectory(short_run.path)
   file = trajectory.file_of(8, 'final_norm.scale')
@@ -83,12 +95,29 @@ def test_a_changed_tensor_is_not_read_silently(short_run):
 @pytest.mark.parametrize('ask, words', [
     (lambda t: t.leaf(31, 'final_norm.scale'), 'no snapshot or checkpoint of step 31.*nearest are 30'),
     (lambda t: t.leaf(3, 'norm'), "no tensor 'norm'"),
+    (lambda t: t.documents(28, 31), 'documents=28:31: .* holds steps 0:30'),
     (lambda t: derived.chosen_steps(t, ['3', '99'], 2), '--steps=99.*nearest is 30'),
+    (lambda t: derived.chosen_steps(t, ['3', '9', '3'], 2), '--steps names 3 more than once'),
     (lambda t: derived.chosen_steps(t, ['3'], 2), '1 checkpoint is not enough'),
     (lambda t: paths.ema_weights(3, 1.0), '--decay=1.0 must lie')])
 def test_bad_requests_are_one_sentence(trained, ask, words):
   with pytest.raises(UserError, match=words):
     ask(open_trajectory(trained.path))
+
+
+def test_steps_are_taken_in_their_order(trained):
+  trajectory = open_trajectory(trained.path)
+  assert derived.chosen_steps(trajectory, ['20', '3', '10'], 2) == [3, 10, 20]
+  assert derived.chosen_steps(trajectory, [], 3) == [28, 29, 30]
+
+
+@pytest.mark.parametrize('command, arguments, words', [
+    ('interpolate', ['--decay=0.5'], '--decay means nothing to interpolate; it takes --steps, --at'),
+    ('average', ['--steps=3,9', '--last=4', '--to=x'], 'give --steps or --last, not both')])
+def test_a_flag_that_a_command_does_not_use_is_an_error(trained, tmp_path, command, arguments, words):
+  arguments = [a.replace('--to=x', f'--to={tmp_path}/x') for a in arguments]
+  ended = launch('trajectory', command, str(trained.path), *arguments)
+  assert ended.returncode == 2 and ended.stderr.count('\n') == 1 and words in ended.stderr
 
 
 def random_series(n: int = 7) -> tuple[RowSeries, dict[str, np.ndarray]]:
@@ -145,12 +174,23 @@ def test_a_circle_closes_and_a_line_does_not():
   np.testing.assert_allclose(closures[1], 1.0, atol=1e-9)
 
 
-def test_an_average_is_a_run_directory_that_is_sound(trained, tmp_path):
+def test_an_average_is_a_run_directory_that_is_sound(trained, tmp_path, monkeypatch):
   trajectory, target = open_trajectory(trained.path), RunDir(tmp_path / 'mean')
   weights = paths.uniform_weights(3)
-  derived.write_derived(target, trajectory, paths.combined(trajectory, [10, 20, 30], weights),
-                        {'steps': [10, 20, 30], 'weights': weights.tolist()})
+
+  def write():
+    derived.write_derived(target, trajectory, paths.combined(trajectory, [10, 20, 30], weights),
+                          {'steps': [10, 20, 30], 'weights': weights.tolist()})
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(derived.Checkpoints, 'save_params', interrupted)
+    write()
+  assert not target.path.exists() and list(tmp_path.iterdir())
+  write()
   assert audit_location(str(target.path))[0] == []
+  assert list(tmp_path.iterdir()) == [target.path]
   again = open_trajectory(target.path)
   assert again.steps == [30] and again.manifest['derived']['steps'] == [10, 20, 30]
   want = trajectory.leaf_through_time('blocks.attention.q', [10, 20, 30])
