@@ -59,7 +59,7 @@ class OptimizerConfig:
 class GuardConfig:
   """Which steps change nothing: those that are not finite always, spikes above a usual level.
 
-  The usual level is the median of the last `window` accepted steps, its scale 1.4826 times their
+  The usual level is the median of the last `window` finite steps, its scale 1.4826 times their
   median absolute deviation (the standard deviation of a Gaussian), of the loss in nats and of the
   logarithm of the gradient norm. Over 21 healthy runs of the micro-world and of text (45,000
   steps) no loss was more than 9.2 such scales above its median and no norm more than 27.
@@ -69,8 +69,7 @@ class GuardConfig:
 
   spike_threshold: A[float, 'scales above the usual loss or logarithm of the gradient norm from '
                      'which a step is skipped; 0 skips none that is finite'] = 40.0
-  window: A[int, 'accepted steps that tell what is usual; before there are so many none is a '
-            'spike'] = 64
+  window: A[int, 'finite steps that tell what is usual; before there are so many none is a spike'] = 64
   stop_after: A[int, 'skipped steps in a row that stop the run, by when one more is under '
                 'way; 0 never stops it', 'placement'] = 20
 

@@ -24,15 +24,16 @@ class GuardState(NamedTuple):
   """What is usual, and counts.
 
   Attributes:
-    recent_2R: loss and logarithm of the gradient norm of the last `window` steps that `accepted`
-      counts, float32; a ring, written at `accepted` modulo its length.
-    accepted: steps that updated the parameters and had tokens with a loss, int32.
+    recent_2R: loss and logarithm of the gradient norm of the last `window` steps that `remembered`
+      counts, float32; a ring, written at `remembered` modulo its length.
+    remembered: finite steps that had tokens with a loss, spikes too, int32: a few do not move a
+      median, and a level that lasts becomes the usual one after half a window.
     skipped: steps that did not update them, int32.
     in_a_row: those of them since the last update, int32.
   """
 
   recent_2R: jax.Array
-  accepted: jax.Array
+  remembered: jax.Array
   skipped: jax.Array
   in_a_row: jax.Array
 
@@ -66,13 +67,13 @@ def judge(config: GuardConfig, state: GuardState, loss: jax.Array, grad_norm: ja
   usual = _medians(state.recent_2R)
   deviations_2R = jnp.abs(state.recent_2R - usual[:, None])
   scale = jnp.maximum(GAUSSIAN * _medians(deviations_2R), jnp.array(FLOORS))
-  known = state.accepted >= config.window
+  known = state.remembered >= config.window
   spike = known & jnp.any(now > usual + config.spike_threshold * scale)
   accept = finite & ~spike if config.spike_threshold else finite
-  one, counts = accept.astype(jnp.int32), accept & fed
-  written_2R = state.recent_2R.at[:, state.accepted % config.window].set(now)
+  one, counts = accept.astype(jnp.int32), finite & fed
+  written_2R = state.recent_2R.at[:, state.remembered % config.window].set(now)
   after = GuardState(
-      jnp.where(counts, written_2R, state.recent_2R), state.accepted + counts.astype(jnp.int32),
+      jnp.where(counts, written_2R, state.recent_2R), state.remembered + counts.astype(jnp.int32),
       state.skipped + 1 - one, (state.in_a_row + 1) * (1 - one))
   judged_by = (usual[0], scale[0], usual[1], scale[1], known, after.in_a_row)
   return accept, after, {name: jnp.float32(value)

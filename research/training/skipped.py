@@ -60,8 +60,9 @@ class Skipped:
     return Stopped(
         f'{last["in_a_row"]} steps in a row were skipped up to step {last["step"]} (loss '
         f'{last["loss"]:g}, gradient norm {last["grad_norm"]:g}), see {self._path}; saved at '
-        f'step {step}: to go on skipping, repeat the command with --config.guards.stop_after=0; to train '
-        'otherwise from here, begin a run with --config.start.run_dir', DIVERGED)
+        f'step {step}: to go on skipping until the new level is the usual one, repeat the command '
+        'with --config.guards.stop_after=0; to train otherwise from here, begin a run with '
+        '--config.start.run_dir', DIVERGED)
 
   def sync(self) -> None:
     """Brings all lines to the disk."""

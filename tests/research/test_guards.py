@@ -37,11 +37,23 @@ def judged_by_numpy(config, losses, norms):
         median = np.median(recent)
         scale = max(1.4826 * np.median(np.abs(recent - median)), floor)
         spike |= value > median + config.spike_threshold * scale
-    counts.append(math.isfinite(loss) and math.isfinite(norm) and not spike)
-    if counts[-1]:
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    counts.append(finite and not spike)
+    if finite:
       kept_losses.append(loss)
       kept_norms.append(math.log(norm))
   return counts
+
+
+def test_a_level_that_lasts_becomes_the_usual_one():
+  """After half a window of skipped steps, whatever the level before was."""
+  config = GuardConfig(window=16)
+  judge = jax.jit(guards.judge, static_argnums=0)
+  state, counts = guards.fresh(config), []
+  for loss in [1.0] * 20 + [3.0] * 20:
+    accept, state, _ = judge(config, state, jnp.float32(loss), jnp.float32(1.0), True, True)
+    counts.append(bool(accept))
+  assert counts == [True] * 20 + [False] * 8 + [True] * 12
 
 
 def test_judged_as_by_a_loop_over_lists():
@@ -62,7 +74,7 @@ def test_judged_as_by_a_loop_over_lists():
   assert counts == judged_by_numpy(config, losses, norms)
   skipped = [step for step, counted in enumerate(counts) if not counted]
   assert skipped == [30, 31, 60, 61, 90, 120, 150, 170]
-  assert (int(state.accepted), int(state.skipped), int(state.in_a_row)) == (192, 8, 0)
+  assert (int(state.remembered), int(state.skipped), int(state.in_a_row)) == (197, 8, 0)
   assert float(seen['usual_loss']) == pytest.approx(np.median(losses[188:199]), rel=1e-6)
   assert set(seen) == set(guards.JUDGED_BY)
 
@@ -86,8 +98,8 @@ def test_batches_without_a_loss_say_nothing_of_what_is_usual():
     accept, state, _ = judge(config, state, jnp.float32(loss), jnp.float32(norm), True, fed)
     accepted.append(bool(accept))
   assert accepted == [True] * 16 + [False]
-  assert (int(state.accepted), int(state.skipped)) == (7, 1)
-  np.testing.assert_array_equal(state.recent_2R, [[3.0] * 5, [0.0] * 5])
+  assert (int(state.remembered), int(state.skipped)) == (8, 1)
+  np.testing.assert_array_equal(state.recent_2R, [[3.0, 3.0, 9.0, 3.0, 3.0], [0.0] * 5])
 
 
 @pytest.mark.parametrize('settings, words', [
