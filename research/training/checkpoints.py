@@ -94,6 +94,9 @@ class Checkpoints:
     Raises:
       DamagedError: a tensor does not have the hash that the checkpoint gives for it.
     """
+    if not (self.path(step) / 'guard').is_dir():
+      raise UserError(f'{self.path(step)} has no item guard: it was written before there were guards, '
+                      'and training cannot go on from it; start.run_dir takes its parameters')
     loaded = self._load(step, {**items(abstract), 'data': None})
     state = State(step=loaded['position']['step'], params=loaded['params'],
                   optimizer=loaded['optimizer'], ema=loaded.get('ema', {}),

@@ -29,8 +29,13 @@ def _git(*arguments: str) -> str:
 
 
 def code_version() -> str:
-  """Returns the commit, with a hash of the uncommitted changes if any; '' without git."""
+  """Returns the commit, with a hash of what is not committed if anything; '' without git.
+
+  That is every change of a file that git knows, and modules that it does not know.
+  """
   diff = _git('diff', 'HEAD')
+  for name in _git('ls-files', '--others', '--exclude-standard', '--', '*.py').splitlines():
+    diff += f'{name}\n{(_ROOT / name).read_text(encoding="utf-8", errors="replace")}'
   changed = f'+{hashlib.sha256(diff.encode()).hexdigest()[:12]}' if diff else ''
   return _git('rev-parse', 'HEAD') + changed
 
