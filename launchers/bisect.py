@@ -7,9 +7,9 @@ r"""Finds the two adjacent steps between which a monitor changes state, by repla
 The interval is replayed once with a snapshot of every step; a binary search scores a few of them,
 then all are scored, which confirms the result and lists every change where there are several. The
 state is whether the accuracy is above 0.5 (the margin above 0) unless --threshold says otherwise.
-The replay's directory holds bisection-<question>.json, documents-<question>.parquet (what the found
-step was trained on), all snapshots and a report. Another dataset or threshold between the same steps
-is answered from the same directory without training. Repeating the command resumes.
+The replay's directory holds bisection-<question>.json, documents-<question>.parquet (what the
+found step was trained on), all snapshots and a report. Another dataset or threshold between the
+same steps is answered from the same directory without training. Repeating the command resumes.
 """
 
 import pathlib

@@ -14,8 +14,8 @@ A window A:B is the data that takes the state of step A to that of step B. Edits
                        are taken out of the loss, a mean over tokens: what is left of a batch
                        weighs more
 Everything before the first changed batch is checked to be equal to the original, bit for bit. The
-replay's directory is a run directory with its own report, comparison.csv and comparison.png; the loss is compared
-over steps that were fed the same batch in both runs.
+replay's directory is a run directory with its own report, comparison.csv and comparison.png. The
+loss is compared over steps that were fed the same batch in both runs.
 Placement settings can be overridden with --config.<name>=<value>. Repeating the command resumes.
 """
 
@@ -44,9 +44,9 @@ def main() -> None:
                   for edit in edits)
   run_dir = RunDir(pathlib.Path(TO.value or f'{original.path}-{name}'))
   said, compared = counterfactual(original, run_dir, edits, until, shared.overrides())
-  write_comparison(run_dir.comparison_png, compared, edits)
-  print(f'{said}\n{as_text(compared)}\nwritten to {run_dir.comparison_csv} and '
-        f'{run_dir.comparison_png}')
+  if compared:
+    write_comparison(run_dir.comparison_png, compared, edits)
+  print(f'{said}\n{as_text(compared)}\nwritten to {run_dir.path}')
 
 
 if __name__ == '__main__':

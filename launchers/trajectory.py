@@ -34,8 +34,9 @@ from research.errors import UserError
 
 COMMANDS = {'list': looks.list_steps, 'audit': looks.audit, 'distance': looks.distance,
             'average': points.average, 'interpolate': points.interpolate}
-USED = {'list': ['json'], 'audit': ['table', 'json'], 'distance': ['steps', 'last', 'table', 'json'],
-        'average': ['steps', 'last', 'decay', 'to'], 'interpolate': ['steps', 'at', 'to']}
+USED = {  # flags by command
+    'list': ['json'], 'audit': ['table', 'json'], 'distance': ['steps', 'last', 'table', 'json'],
+    'average': ['steps', 'last', 'decay', 'to'], 'interpolate': ['steps', 'at', 'to']}
 
 for module in (looks, points):
   flags.adopt_module_key_flags(module)

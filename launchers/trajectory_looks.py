@@ -14,8 +14,8 @@ from research.dynamics.trajectory import Trajectory, open_trajectory
 from research.errors import UserError
 
 STEPS = flags.DEFINE_list('steps', [], 'steps of checkpoints, separated by commas')
-LAST = flags.DEFINE_integer('last', 10, 'how many checkpoints, the newest, where --steps is not given',
-                            lower_bound=2)
+LAST = flags.DEFINE_integer('last', 10, 'how many checkpoints, the newest, where --steps is not '
+                            'given', lower_bound=2)
 TABLE = flags.DEFINE_string(
     'table', '', 'audit: norms of every tensor and step; distance: every pair. A .csv or .parquet')
 JSON = flags.DEFINE_bool('json', False, 'print JSON')

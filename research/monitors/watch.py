@@ -79,7 +79,8 @@ class Watch:
     table.write_item_table(run_dir.monitor_items, items, self._scorer.encoded)
     scored = set(table.score_steps(self._folder))
     reader = SnapshotReader(run_dir.snapshots)
-    for step in sorted(scored | set(reader.steps)):
+    # Snapshots after `kept` are still on the disk here, and will be made and scored again.
+    for step in sorted(scored | {step for step in reader.steps if step <= kept}):
       if step in scored:
         self._remember(step, table.read_scores(scored_path(run_dir, step))[1])
       else:

@@ -122,6 +122,19 @@ def test_forty_steps_again_are_the_same_bits(runs, tmp_path):
     checkpoints.close()
 
 
+def test_a_run_resumed_before_snapshots_that_it_had_made(runs, tmp_path):
+  """A kill long after the last checkpoint: the snapshots since then are made and scored again."""
+  _, witness = runs
+  killed = copy_of(witness, tmp_path / 'killed')
+  killed.run_dir.done.unlink()
+  for step in killed.checkpoint_steps:
+    if step > 50:
+      shutil.rmtree(killed.run_dir.checkpoints / str(step))
+  train(killed.config, RunDir(killed.run_dir.whole))
+  assert same_snapshots(killed.run_dir, witness, range(N_STEPS + 1))
+  assert read_rows(killed.run_dir.metrics_jsonl) == read_rows(witness.metrics_jsonl)
+
+
 def test_bits_do_not_depend_on_the_state_that_a_replay_starts_from(runs, tmp_path):
   run_dir, witness = runs
   bare = copy_of(run_dir, tmp_path / 'bare', 'checkpoints')

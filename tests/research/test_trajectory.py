@@ -114,7 +114,8 @@ def test_steps_are_taken_in_their_order(trained):
 @pytest.mark.parametrize('command, arguments, words', [
     ('interpolate', ['--decay=0.5'], '--decay means nothing to interpolate; it takes --steps, --at'),
     ('average', ['--steps=3,9', '--last=4', '--to=x'], 'give --steps or --last, not both')])
-def test_a_flag_that_a_command_does_not_use_is_an_error(trained, tmp_path, command, arguments, words):
+def test_a_flag_that_means_nothing_to_a_command_is_an_error(
+    trained, tmp_path, command, arguments, words):
   arguments = [a.replace('--to=x', f'--to={tmp_path}/x') for a in arguments]
   ended = launch('trajectory', command, str(trained.path), *arguments)
   assert ended.returncode == 2 and ended.stderr.count('\n') == 1 and words in ended.stderr
