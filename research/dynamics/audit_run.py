@@ -5,12 +5,14 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from research import config as config_lib
 from research.config import ExperimentConfig
 from research.dynamics.audit import audit_series
 from research.dynamics.audit_content import Finding, Followed
 from research.dynamics.series import CheckpointSeries, SnapshotSeries, checkpoint_steps
-from research.dynamics.update_bounds import update_bound
+from research.dynamics.update_bounds import update_bound, update_reach
 from research.run_dir import RunDir
 from research.training import hashes, stored
 from research.training.logs import read_rows
@@ -33,16 +35,16 @@ def audit_run(run_dir: RunDir, progress: Callable[[str, int, int], None] | None 
   def bound(first: int, last: int, peak: float) -> float:
     return update_bound(config, first, last, peak)
 
-  def still(first: int, last: int) -> bool:
-    return all(step in skipped or not bound(step - 1, step, 0.0)
-               for step in range(first + 1, last + 1))
+  def reach(first: int, last: int, peak: float) -> float:
+    made = [step for step in range(first, last) if step + 1 not in skipped]
+    return update_reach(config, np.array(made, np.int64), peak)
 
   histories: dict[str, Followed] = {}
   if (run_dir.snapshots / 'commits.jsonl').exists():
-    more, histories = audit_series(SnapshotSeries(run_dir.snapshots), bound, still, progress)
+    more, histories = audit_series(SnapshotSeries(run_dir.snapshots), bound, reach, progress)
     findings += more
   full = CheckpointSeries(run_dir.checkpoints)
-  more, of_full = audit_series(full, bound, still)
+  more, of_full = audit_series(full, bound, reach)
   # Damage to files and hashes of these has been named already, tensor by tensor.
   findings += [finding for finding in more if finding.kind != 'damaged']
   findings += _disagreeing(histories, of_full, full)

@@ -11,7 +11,7 @@ from research.dynamics.audit import audit_series, norms_table
 from research.dynamics.audit_location import audit_location
 from research.dynamics.audit_run import audit_run
 from research.dynamics.series import RowSeries, SnapshotSeries
-from research.dynamics.update_bounds import update_bound
+from research.dynamics.update_bounds import update_bound, update_reach
 from research.errors import UserError
 from research.training.provenance import Window
 from tests.research.conftest import short_config
@@ -102,6 +102,84 @@ def test_a_swap_names_both_tensors():
 @pytest.mark.parametrize('seed', range(5))
 def test_healthy_walks_give_no_finding(seed):
   assert audit_series(series_of(walk(100, 300, seed)))[0] == []
+
+
+def test_most_of_a_series_may_be_copies():
+  """86 of 154 are the same; the one whose neighbors are near it, and no copies, is the original."""
+  rows = {name: x.copy() for name, x in walk(154).items()}
+  copies = [i for i in range(154) if i not in (99, 101) and i != 100][:45] + list(range(110, 150))
+  for x in rows.values():
+    x[copies] = x[100]
+  findings, _ = audit_series(series_of(rows))
+  duplicates = [finding for finding in findings if finding.kind == 'duplicate']
+  assert [finding.step for finding in duplicates] == [10 * i for i in copies]
+  assert all('one of 86 checkpoints' in finding.problem and 'the first of step 0' in finding.problem
+             and 'step 1000 is taken' in finding.problem for finding in duplicates)
+  assert not [finding for finding in findings if finding.kind == 'splice']
+
+
+def test_copies_in_a_short_series_are_found_and_the_last_is_kept_where_none_fits():
+  rows = {name: x[:3].copy() for name, x in walk().items()}
+  for x in rows.values():
+    x[:] = x[2]
+  findings, _ = audit_series(series_of(rows))
+  assert [(finding.kind, finding.step) for finding in findings] == [
+      ('duplicate', 0), ('duplicate', 10)]
+
+
+def decaying(dtype: str, n_steps: int = 120, seed: int = 0) -> RowSeries:
+  """Weights stored in a dtype whose steps decay to 0 along a cosine; a scale about 1, a matrix."""
+  rng = np.random.default_rng(seed)
+  rate_T = 1e-2 * 0.5 * (1 + np.cos(np.pi * np.arange(n_steps) / n_steps))
+  def tensor(start, n):
+    signs_TN = np.sign(rng.normal(size=(n_steps, n)) + rng.normal(size=n))
+    return (start + np.cumsum(rate_T[:, None] * signs_TN * rng.random((n_steps, n)), 0))
+  rows = {'scale': tensor(1.0, 16), 'matrix': tensor(rng.normal(size=400) * 0.1, 400)}
+  return RowSeries(range(n_steps), {
+      name: x.astype(np.float32).astype(dtype) for name, x in rows.items()})
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+@pytest.mark.parametrize('seed', range(3))
+def test_healthy_series_that_come_to_rest_give_no_finding(dtype, seed):
+  series = decaying(dtype, seed=seed)
+  assert dtype == 'float32' or (series._rows['matrix'][-1] == series._rows['matrix'][-2]).all()
+  assert [str(finding) for finding in audit_series(series)[0]] == []
+
+
+def in_bfloat16(run_dir) -> RowSeries:
+  """The snapshots of a run, rounded."""
+  series = SnapshotSeries(run_dir.snapshots)
+  return RowSeries(series.steps, {name: series.leaves(series.steps, name).astype('bfloat16')
+                                  for name in series.names})
+
+
+def test_a_healthy_run_stored_in_bfloat16_gives_no_finding(trained):
+  """Warm-up makes its first updates smaller than a grain of most weights."""
+  config = short_config(**{'checkpoints.snapshot_dtype': 'bfloat16'})
+  assert audit_series(in_bfloat16(trained))[0] == []
+  reach = lambda first, last, peak: update_reach(config, np.arange(first, last), peak)
+  assert audit_series(in_bfloat16(trained), functools.partial(update_bound, config), reach)[0] == []
+
+
+def test_equality_is_a_fault_only_where_the_learning_rate_moves_a_grain():
+  rows = {name: x.copy() for name, x in walk(12).items()}
+  for x in rows.values():
+    x[9:] = x[9]
+  for x in rows.values():
+    x[4] = x[3]
+  config = short_config(n_steps='12', **{
+      'optimizer.schedule': 'linear', 'optimizer.warmup_steps': '0',
+      'optimizer.peak_lr': '1', 'optimizer.final_lr_fraction': '0'})
+  series = RowSeries(range(12), rows)
+  def reach(first, last, peak):  # Nothing is updated after step 9.
+    return update_reach(config, np.array([s for s in range(first, last) if s < 9], int), peak)
+  findings, _ = audit_series(series, None, reach)
+  assert [(finding.kind, finding.step) for finding in findings] == [('duplicate', 4)]
+  assert update_reach(config, np.array([12]), 1.0) == 0.0
+  sgd = short_config(n_steps='12', **{'optimizer.name': 'sgd', 'optimizer.warmup_steps': '0',
+                                      'optimizer.schedule': 'linear'})
+  assert update_reach(sgd, np.array([12]), 1.0) == 0.0 and update_reach(sgd, np.array([3]), 1.0) > 1e9
 
 
 def test_histories_are_those_of_numpy():
