@@ -77,7 +77,13 @@ class SnapshotReader:
     return self.array(name)[self._row(step)]
 
   def file_of(self, step: int, name: str) -> pathlib.Path:
-    """Returns the file that holds a leaf of a snapshot."""
+    """Returns the file that holds a leaf of a snapshot; zarr.json where that is damaged."""
+    metadata = self.path / name / 'zarr.json'
+    try:
+      if self._row(step) >= self.array(name).shape[0]:
+        return metadata
+    except DamagedError:
+      return metadata
     key = self.array(name).spec().to_json()['metadata']['chunk_key_encoding']
     separator = key.get('configuration', {}).get('separator', '/')
     place = ['c', str(self._row(step)), *['0'] * (self.array(name).ndim - 1)]
@@ -92,6 +98,9 @@ class SnapshotReader:
     rows = [self._row(step) for step in steps]
     try:
       x = self.array(name)[rows].read().result()
+    except IndexError as error:
+      raise DamagedError(f'{self.path / name / "zarr.json"}: has {self.array(name).shape[0]} rows, '
+                         f'a snapshot is row {max(rows)}') from error
     except ValueError as error:
       raise DamagedError(f'{self.path / name}: cannot be read ({first_line(error)})') from error
     for step, found in zip(steps, hashes.row_digests(x), strict=True):

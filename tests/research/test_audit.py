@@ -1,18 +1,22 @@
 """The audit finds every planted fault and names its file; healthy series and runs give no finding."""
 
 import functools
+import json
+import shutil
 
 import numpy as np
 import pytest
 
 from experiments.benchmarks import faults
 from research.dynamics import audit_content
+from research.dynamics import audit_run as audit_run_lib
 from research.dynamics.audit import audit_series, norms_table
 from research.dynamics.audit_location import audit_location
 from research.dynamics.audit_run import audit_run
 from research.dynamics.series import RowSeries, SnapshotSeries
 from research.dynamics.update_bounds import update_bound, update_reach
 from research.errors import UserError
+from research.training import provenance, stored
 from research.training.provenance import Window
 from tests.research.conftest import short_config
 
@@ -46,13 +50,92 @@ def test_every_fault_in_a_file_is_named(short_run, fault, seed):
     ('values through bfloat16, snapshot', {'dtype'}),
     ('duplicate a step, checkpoint', {'order'}),
     ('splice two checkpoints, checkpoint', {'order'}),
-    ('swap two tensors, checkpoint', {'order'})])
+    ('swap two tensors, checkpoint', {'order'}),
+    ('not a number in the optimizer, checkpoint', {'nonfinite'})])
 def test_faults_whose_hashes_were_recomputed(short_run, fault, kinds):
   planted = faults.FILE_FAULTS[fault](short_run, np.random.default_rng(5))
   faults.rehash(short_run)
   findings, _ = audit_run(short_run)
   assert names_it(findings, planted), (planted, [str(finding) for finding in findings])
   assert kinds & {finding.kind for finding in findings if finding.step == planted.step}
+
+
+def test_a_checkpoint_missing_from_the_middle_is_named(short_run):
+  shutil.rmtree(short_run.checkpoints / '20')
+  finding, = [finding for finding in audit_run(short_run)[0] if finding.kind == 'missing']
+  assert finding.step == 20 and finding.file == str(short_run.checkpoints / '20')
+
+
+def test_optimizer_tensors_of_another_dtype_are_named(short_run):
+  """A checkpoint written with other tensors has other files: the witness is a list of its dtypes."""
+  path, found = short_run.checkpoints / '20', {}
+  first = {'optimizer.mu.q': ('float32', 0), 'ema.q': ('float32', 0)}
+  assert not list(audit_run_lib._state(path, 10, first, found))
+  finding, = audit_run_lib._state(path, 20, {**first, 'optimizer.mu.q': ('bfloat16', 0)}, found)
+  assert (finding.kind, finding.step, finding.tensor) == ('dtype', 20, 'optimizer.mu.q')
+
+
+def broken(text: bytes, what: str) -> bytes | None:
+  """The bytes of a file after an accident, None for a file that is gone."""
+  lines = text.splitlines(keepends=True)
+  third = {'high bit': lambda line: line[:4] + bytes([line[4] ^ 0x80]) + line[5:],
+           'low bit': lambda line: line.replace(b'"step"', b'"stdp"', 1),
+           'quote': lambda line: line.replace(b'"', b'#', 1)}
+  if what == 'missing':
+    return None
+  if what == 'truncated':
+    return text[:len(text) // 2]
+  at = min(2, len(lines) - 1)
+  lines[at] = third[what](lines[at])
+  return b''.join(lines)
+
+
+@pytest.mark.parametrize('name, what', [
+    *(('snapshots/commits.jsonl', what) for what in ('high bit', 'low bit', 'quote')),
+    *(('metrics.jsonl', what) for what in ('high bit', 'low bit', 'quote')),
+    *((name, what) for name in ('config.json', 'manifest.json') for what in ('missing', 'truncated')),
+    *(('snapshots/embedding/zarr.json', what) for what in ('truncated', 'quote'))])
+def test_a_damaged_index_is_a_finding_beside_the_others(short_run, name, what):
+  path, checkpoint = short_run.path / name, short_run.checkpoints / '20'
+  if 'embedding' in name:
+    path = next(path for path in sorted(short_run.snapshots.glob('*/zarr.json')))
+  after = broken(path.read_bytes(), what)
+  path.unlink() if after is None else path.write_bytes(after)
+  (checkpoint / stored.INVENTORY).unlink()
+  findings, _ = audit_location(str(short_run.path))
+  damaged = {finding.file for finding in findings if finding.kind == 'damaged'}
+  assert damaged == {str(path), str(checkpoint / stored.INVENTORY)}
+
+
+def test_an_array_with_fewer_rows_than_snapshots_is_named(short_run):
+  path = sorted(short_run.snapshots.glob('*/zarr.json'))[0]
+  metadata = json.loads(path.read_text())
+  metadata['shape'][0] = 20
+  path.write_text(json.dumps(metadata))
+  findings, _ = audit_run(short_run)
+  assert {(finding.kind, finding.file) for finding in findings} == {('damaged', str(path))}
+  assert {finding.step for finding in findings} == set(range(20, 31))
+  assert 'has 20 rows' in findings[0].problem
+
+
+def test_a_manifest_alone_that_cannot_be_read_is_one_sentence(tmp_path):
+  (tmp_path / 'manifest.json').write_text('{"ser')
+  with pytest.raises(UserError, match='manifest.json cannot be read'):
+    audit_location(str(tmp_path))
+
+
+def test_settings_that_code_has_gained_since_do_not_matter(short_run, monkeypatch):
+  kept = json.loads(short_run.manifest_json.read_text())
+  record = stored.read_record(short_run.checkpoints / '10')
+  assert kept['hashes']['config'] == record['config'] == provenance.config_hash(short_config())
+  monkeypatch.setattr(provenance, 'config_hash', lambda config: '0' * 32)
+  assert audit_run(short_run)[0] == []
+  del kept['hashes']['config']
+  short_run.manifest_json.write_text(json.dumps(kept))
+  assert audit_run(short_run)[0] == []
+  kept['hashes']['config'] = '1' * 32
+  short_run.manifest_json.write_text(json.dumps(kept))
+  assert {finding.problem[:20] for finding in audit_run(short_run)[0]} == {'was made with config'}
 
 
 def test_recomputed_hashes_of_a_healthy_run_give_no_finding(short_run):
@@ -143,7 +226,7 @@ def decaying(dtype: str, n_steps: int = 120, seed: int = 0) -> RowSeries:
 @pytest.mark.parametrize('seed', range(3))
 def test_healthy_series_that_come_to_rest_give_no_finding(dtype, seed):
   series = decaying(dtype, seed=seed)
-  assert dtype == 'float32' or (series._rows['matrix'][-1] == series._rows['matrix'][-2]).all()
+  assert dtype == 'float32' or (series._rows['scale'][-1] == series._rows['scale'][-2]).all()
   assert [str(finding) for finding in audit_series(series)[0]] == []
 
 
