@@ -186,9 +186,14 @@ def _jumps(followed: Followed) -> Iterator[tuple[int, str]]:
 
 def _outliers(followed: Followed) -> Iterator[tuple[int, str]]:
   """Yields checkpoints in which some element jumps and jumps back."""
-  outlier = np.nan_to_num(followed.outlier)
+  outlier, gaps = np.nan_to_num(followed.outlier), np.diff(followed.steps)
+  # Between checkpoints that are close together, elements stray less.
+  apart = np.minimum(np.append(gaps, gaps[-1:]), np.append(gaps[:1], gaps))
   for i in range(1, len(outlier) - 1):
-    usual = np.maximum(_near_median(followed.outlier, i, (i - 1, i, i + 1)), followed.grains[i])
+    others = i - 1, i, i + 1
+    usual = np.maximum(_near_median(followed.outlier, i, others),
+                       _near_median(followed.outlier / apart, i, others) * apart[i])
+    usual = np.maximum(usual, followed.grains[i])
     is_peak = outlier[i] >= max(outlier[i - 1], outlier[i + 1])
     if is_peak and outlier[i] > OUTLIER * usual:
       yield _blamed(followed, i), (

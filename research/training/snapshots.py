@@ -96,12 +96,13 @@ class SnapshotReader:
       DamagedError: it cannot be read or has another hash; the file is named.
     """
     rows = [self._row(step) for step in steps]
+    n_rows = self.array(name).shape[0]
+    if max(rows, default=-1) >= n_rows:
+      raise DamagedError(f'{self.path / name / "zarr.json"}: has {n_rows} rows, a snapshot is row '
+                         f'{max(rows)}')
     try:
       x = self.array(name)[rows].read().result()
-    except IndexError as error:
-      raise DamagedError(f'{self.path / name / "zarr.json"}: has {self.array(name).shape[0]} rows, '
-                         f'a snapshot is row {max(rows)}') from error
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
       raise DamagedError(f'{self.path / name}: cannot be read ({first_line(error)})') from error
     for step, found in zip(steps, hashes.row_digests(x), strict=True):
       said = self.commits[step].get('tensors', {name: found}).get(name)

@@ -245,6 +245,16 @@ def test_a_healthy_run_stored_in_bfloat16_gives_no_finding(trained):
   assert audit_series(in_bfloat16(trained), functools.partial(update_bound, config), reach)[0] == []
 
 
+def test_a_last_checkpoint_soon_after_the_one_before_is_no_measure_of_the_others():
+  rng = np.random.default_rng(0)
+  steps = np.array([0, 10, 20, 30, 31])
+  way = np.cumsum(rng.choice([-1, 1], size=(32, 16)) * 1e-3, 0)
+  way[20:] -= 2 * (way[20:] - way[20])  # All turn back at once.
+  x = (1 + way)[steps].astype(np.float32)
+  x[1, 3] += 0.03
+  assert not [f for f in audit_series(RowSeries(list(steps), {'a': x}))[0] if f.kind == 'outlier']
+
+
 def test_equality_is_a_fault_only_where_the_learning_rate_moves_a_grain():
   rows = {name: x.copy() for name, x in walk(12).items()}
   for x in rows.values():
