@@ -1,7 +1,7 @@
 """Checkpoints of a series that are equal: copies of one another, or spliced from parts of another.
 
-Equality where nothing could move is no fault: where the learning rate is 0 or steps were skipped, or
-where updates are below a grain of the stored dtype.
+Equality where nothing could move is no fault: where the learning rate is 0, steps were skipped or
+updates are below a grain of the stored dtype.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""The small files of a run directory that say what the large ones are, read so that damage is told."""
+"""The small files of a run directory that say what the large ones are; damage to them is told."""
 
 from collections.abc import Callable
 import json

@@ -21,8 +21,8 @@ def audit_run(run_dir: RunDir, progress: Callable[[str, int, int], None] | None 
               ) -> tuple[list[Finding], dict[str, Followed]]:
   """Returns all that is wrong with a run's checkpoints and snapshots, and its tensors' histories.
 
-  What a file would say that cannot be read is not judged: learning rates without config.json, origins
-  without manifest.json, snapshots without their lines.
+  What a file would say that cannot be read is not judged: learning rates without config.json,
+  origins without manifest.json, snapshots without their lines.
   """
   index = Index(run_dir)
   findings = [*index.findings, *_checkpoints(run_dir, index), *_ends(run_dir, index)]

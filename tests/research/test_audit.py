@@ -67,7 +67,7 @@ def test_a_checkpoint_missing_from_the_middle_is_named(short_run):
 
 
 def test_optimizer_tensors_of_another_dtype_are_named(short_run):
-  """A checkpoint written with other tensors has other files: the witness is a list of its dtypes."""
+  """The witness is a list of dtypes by hand."""
   path, found = short_run.checkpoints / '20', {}
   first = {'optimizer.mu.q': ('float32', 0), 'ema.q': ('float32', 0)}
   assert not list(audit_run_lib._state(path, 10, first, found))
@@ -93,7 +93,8 @@ def broken(text: bytes, what: str) -> bytes | None:
 @pytest.mark.parametrize('name, what', [
     *(('snapshots/commits.jsonl', what) for what in ('high bit', 'low bit', 'quote')),
     *(('metrics.jsonl', what) for what in ('high bit', 'low bit', 'quote')),
-    *((name, what) for name in ('config.json', 'manifest.json') for what in ('missing', 'truncated')),
+    *((name, what) for name in ('config.json', 'manifest.json')
+      for what in ('missing', 'truncated')),
     *(('snapshots/embedding/zarr.json', what) for what in ('truncated', 'quote'))])
 def test_a_damaged_index_is_a_finding_beside_the_others(short_run, name, what):
   path, checkpoint = short_run.path / name, short_run.checkpoints / '20'
@@ -272,7 +273,8 @@ def test_equality_is_a_fault_only_where_the_learning_rate_moves_a_grain():
   assert update_reach(config, np.array([12]), 1.0) == 0.0
   sgd = short_config(n_steps='12', **{'optimizer.name': 'sgd', 'optimizer.warmup_steps': '0',
                                       'optimizer.schedule': 'linear'})
-  assert update_reach(sgd, np.array([12]), 1.0) == 0.0 and update_reach(sgd, np.array([3]), 1.0) > 1e9
+  assert update_reach(sgd, np.array([12]), 1.0) == 0.0
+  assert update_reach(sgd, np.array([3]), 1.0) == np.inf
 
 
 def test_histories_are_those_of_numpy():
