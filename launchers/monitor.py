@@ -6,10 +6,13 @@ r"""Monitors a whole public series: audits its revisions, then scores every soun
       --run_dir=runs/olmo2 --config.monitors.suite=items.jsonl --config.mesh.fsdp=8
 
 The weights are read from their files onto the mesh, one revision at a time, and not stored. The run
-directory has the scores, a manifest that says which revisions were left out (damaged, duplicates)
-and why, and report.html. Steps are counted through all stages of the series. Repeating the command
-goes on where it stopped. The audit compares all revisions, so a repository's files must all fit
-into the cache of huggingface_hub. launchers.trajectory audit shows its findings alone.
+directory has the scores, a manifest that says which revisions were left out and why, and
+report.html. Left out is what the audit finds damaged, of another shape, a duplicate of another
+revision, not finite, spliced from two revisions, or with two tensors swapped. Jumps, outliers and
+other dtypes are said, and monitored all the same. Steps are counted through all stages of the
+series. Repeating the command goes on where it stopped. The audit compares all revisions, so a
+repository's files must all fit into the cache of huggingface_hub. launchers.trajectory audit shows
+its findings alone.
 """
 
 from absl import flags

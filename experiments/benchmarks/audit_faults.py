@@ -7,7 +7,7 @@ Takes a finished run of 500 snapshots, say, with several checkpoints among its f
 (--config.checkpoints.keep=0 --config.checkpoints.every=...), and audits:
   - the run as it is, which must give no finding, with hashes and without;
   - copies with one fault each in the files (truncated, flipped, swapped, duplicated, spliced, ...),
-    hashes as they were: the finding must name the file;
+    hashes as they were: the finding must name the file, or at least its folder;
   - the same with every hash, list and chain recomputed after the fault;
   - stretches of its snapshots with one fault in the content of one checkpoint and no hashes at all,
     as in public series: the rate of trials in which a finding names the step.
@@ -53,11 +53,15 @@ class Unhashed(SnapshotSeries):
     return ''
 
 
-def named(found: list[Finding], planted: faults.Planted) -> bool:
-  """Returns whether a finding names the fault's step and its file, or the folder that it is in."""
-  return any(f.step == planted.step and (
-      pathlib.Path(f.file) == planted.file or planted.file in pathlib.Path(f.file).parents
-      or pathlib.Path(f.file) in planted.file.parents) for f in found)
+def named(found: list[Finding], planted: faults.Planted) -> str:
+  """Returns what findings of the fault's step name: 'file', the 'folder' it is in, else 'missed'.
+
+  Where the fault is in a whole folder, that or a file in it counts as the file.
+  """
+  files = [pathlib.Path(finding.file) for finding in found if finding.step == planted.step]
+  if any(file == planted.file or planted.file in file.parents for file in files):
+    return 'file'
+  return 'folder' if any(file in planted.file.parents for file in files) else 'missed'
 
 
 def copy_of(run_dir: RunDir, folder: pathlib.Path, n_snapshots: int) -> RunDir:
@@ -76,8 +80,8 @@ def copy_of(run_dir: RunDir, folder: pathlib.Path, n_snapshots: int) -> RunDir:
   return copy
 
 
-def file_trial(run_dir: RunDir, name: str, seed: int, recomputed: bool) -> str:
-  """Returns 'named' if the audit names step and file of a fault, else 'missed'.
+def file_trial(run_dir: RunDir, name: str, seed: tuple[int, ...], recomputed: bool) -> str:
+  """Returns what the audit names of a fault (`named`).
 
   'refused': the hashes cannot be recomputed, for what is left cannot be read at all.
   """
@@ -89,10 +93,10 @@ def file_trial(run_dir: RunDir, name: str, seed: int, recomputed: bool) -> str:
         faults.rehash(copy)
       except (ValueError, OSError, KeyError):
         return 'refused'
-    return 'named' if named(audit_run(copy)[0], planted) else 'missed'
+    return named(audit_run(copy)[0], planted)
 
 
-def content_trial(series: SnapshotSeries, name: str, seed: int, where: str) -> bool:
+def content_trial(series: SnapshotSeries, name: str, seed: tuple[int, ...], where: str) -> bool:
   """Returns whether the audit of a stretch names the checkpoint with a fault in its content."""
   rng = np.random.default_rng(seed)
   first = int(rng.integers(len(series.steps) - STRETCH.value + 1))
@@ -128,8 +132,8 @@ def main() -> None:
     raise UserError(f'--stretch={STRETCH.value} needs more than the {len(series.steps)} snapshots of '
                     f'{run_dir.path}')
   last = series.steps[min(KEEP.value, len(series.steps)) - 1]
-  if sum(step <= last for step in checkpoint_steps(run_dir.checkpoints)) < 2:
-    raise UserError(f'{run_dir.path} needs two checkpoints up to step {last}, its snapshot '
+  if sum(step <= last for step in checkpoint_steps(run_dir.checkpoints)) < 3:
+    raise UserError(f'{run_dir.path} needs three checkpoints up to step {last}, its snapshot '
                     f'{KEEP.value}: train it with --config.checkpoints.keep=0 and a smaller '
                     '--config.checkpoints.every')
   facts = machine()
@@ -142,19 +146,22 @@ def main() -> None:
   results: dict[str, dict[str, Any]] = {'files': {}, 'content': {}}
   for number, name in enumerate(faults.FILE_FAULTS):
     counts = {kind: collections.Counter(
-        file_trial(run_dir, name, SEED.value + 1000 * number + i, kind == 'recomputed')
+        file_trial(run_dir, name, (SEED.value, number, i), kind == 'recomputed')
         for i in range(COPIES.value)) for kind in ('kept', 'recomputed')}
     results['files'][name] = counts
     print(f'[{number + 1}/{len(faults.FILE_FAULTS)}] {name}: {counts}', file=sys.stderr, flush=True)
   for number, name in enumerate(faults.CONTENT_FAULTS):
     results['content'][name] = {where: np.mean([
-        content_trial(series, name, SEED.value + 1000 * number + i, where)
+        content_trial(series, name, (SEED.value, number, i), where)
         for i in range(TRIALS.value)]) for where in ('inside', 'newest')}
     print(f'[{number + 1}/{len(faults.CONTENT_FAULTS)}] {name}', file=sys.stderr, flush=True)
-  print(f'\nFaults in files of a copy, {COPIES.value} of each: step and file named.\n')
-  print(table(['fault', 'hashes kept', 'hashes recomputed'], [
-      [name, *(f'{counts[kind]["named"]} of {COPIES.value - counts[kind]["refused"]}'
-               for kind in ('kept', 'recomputed'))] for name, counts in results['files'].items()]))
+  print(f'\nFaults in files of a copy, {COPIES.value} of each: step named, and file or only folder.\n')
+  headings = [f'{kind}: {what}' for kind in ('hashes kept', 'recomputed')
+              for what in ('file', 'folder', 'of')]
+  print(table(['fault', *headings], [
+      [name, *(str(n) for kind in ('kept', 'recomputed') for n in (
+          counts[kind]['file'], counts[kind]['folder'], COPIES.value - counts[kind]['refused']))]
+      for name, counts in results['files'].items()]))
   print(f'\nFaults in the content of one of {STRETCH.value} checkpoints without hashes, '
         f'{TRIALS.value} of each: step named.\n')
   print(table(['fault', 'inside the series', 'newest checkpoint'], [

@@ -166,6 +166,26 @@ def partial_checkpoint(run_dir: RunDir, rng) -> Planted:
   return Planted(step, target)
 
 
+def drop_checkpoint(run_dir: RunDir, rng) -> Planted:
+  """Removes a whole checkpoint from the middle."""
+  step = _pick(rng, checkpoint_steps(run_dir.checkpoints)[1:-1])
+  shutil.rmtree(run_dir.checkpoints / str(step))
+  return Planted(step, run_dir.checkpoints / str(step))
+
+
+def nonfinite_optimizer(run_dir: RunDir, rng) -> Planted:
+  """Makes one element of a moment of the optimizer not a number."""
+  step = _pick(rng, checkpoint_steps(run_dir.checkpoints))
+  path = run_dir.checkpoints / str(step)
+  checkpoint = stored.StoredCheckpoint(path)
+  sizes = {name: checkpoint.read(name, '') for name in checkpoint.names()
+           if name.startswith('optimizer.')}
+  name = _pick(rng, [name for name, x in sizes.items() if x.dtype == np.float32 and x.ndim])
+  sizes[name].reshape(-1)[int(rng.integers(sizes[name].size))] = np.nan
+  checkpoint.leaf(name).write(sizes[name]).result()
+  return Planted(step, path / 'optimizer')
+
+
 FILE_FAULTS: dict[str, Callable[[RunDir, np.random.Generator], Planted]] = {
     'truncate, snapshot': to_snapshot(_truncate),
     'truncate, checkpoint': to_checkpoint(_truncate),
@@ -182,6 +202,8 @@ FILE_FAULTS: dict[str, Callable[[RunDir, np.random.Generator], Planted]] = {
     'drop a file, snapshot': to_snapshot(_drop),
     'drop a file, checkpoint': to_checkpoint(_drop),
     'partial directory, checkpoint': partial_checkpoint,
+    'drop a whole checkpoint': drop_checkpoint,
+    'not a number in the optimizer, checkpoint': nonfinite_optimizer,
 }
 
 
@@ -267,6 +289,37 @@ def splice_donor(rows: Rows, i: int, rng, donor: Rows) -> None:
     rows[name][i] = donor[name]
 
 
+def _layers(rows: Rows) -> list[str]:
+  """Returns the tensors that are stacked over several layers."""
+  return [name for name in sorted(rows) if name.startswith('blocks.') and rows[name].shape[1] > 1]
+
+
+def swap_layers(rows: Rows, i: int, rng, donor: Rows) -> None:
+  """Exchanges one tensor of two layers, as public series store each on its own."""
+  del donor
+  x = rows[_pick(rng, _layers(rows))][i]
+  a, b = rng.choice(len(x), 2, replace=False)
+  x[[a, b]] = x[[b, a]]
+
+
+def splice_layers(rows: Rows, i: int, rng, donor: Rows) -> None:
+  """Takes all tensors of one layer from another checkpoint of the series, as a shard holds them."""
+  del donor
+  names = _layers(rows)
+  other = _pick(rng, [j for j in range(len(rows[names[0]])) if j != i])
+  layer = int(rng.integers(rows[names[0]].shape[1]))
+  for name in names:
+    rows[name][i, layer] = rows[name][other, layer]
+
+
+def splice_donor_layers(rows: Rows, i: int, rng, donor: Rows) -> None:
+  """Takes all tensors of one layer from a checkpoint that is not in the series."""
+  names = _layers(rows)
+  layer = int(rng.integers(rows[names[0]].shape[1]))
+  for name in names:
+    rows[name][i, layer] = donor[name][layer]
+
+
 def through_bfloat16(rows: Rows, i: int, rng, donor: Rows) -> None:
   """Sends all tensors of a checkpoint through bfloat16 and back."""
   del rng, donor
@@ -296,6 +349,9 @@ CONTENT_FAULTS: dict[str, Callable[[Rows, int, np.random.Generator, Rows], None]
     'duplicate a step': duplicate,
     'splice, other half in the series': splice,
     'splice, other half not in the series': splice_donor,
+    'swap one tensor of two layers': swap_layers,
+    'splice one layer, other in the series': splice_layers,
+    'splice one layer, other not in the series': splice_donor_layers,
     'values through bfloat16': through_bfloat16,
     'one element not a number': nonfinite,
     'one tensor zero': zeroed,

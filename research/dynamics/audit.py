@@ -11,16 +11,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from research.dynamics.audit_content import Finding, Followed, follow, judge_tensor
+from research.dynamics.audit_equal import Reach, equal_checkpoints
 from research.dynamics.series import Series
 from research.training.stored import DamagedError
 
-_RARELY = 0.9  # of a tensor's checkpoints differ, where two that are equal mean something
-
 Bound = Callable[[int, int, float], float]
-Still = Callable[[int, int], bool]
 
 
-def audit_series(series: Series, bound: Bound | None = None, still: Still | None = None,
+def audit_series(series: Series, bound: Bound | None = None, reach: Reach | None = None,
                  progress: Callable[[str, int, int], None] | None = None
                  ) -> tuple[list[Finding], dict[str, Followed]]:
   """Returns what is wrong with a series, by its tensors alone, and the history of each tensor.
@@ -31,7 +29,7 @@ def audit_series(series: Series, bound: Bound | None = None, still: Still | None
     series: the checkpoints.
     bound: (step, later step, largest weight) -> farthest that an element can move in between;
       None where it is not known.
-    still: (step, later step) -> whether it is known that nothing was updated in between.
+    reach: the same before an element is rounded to the stored dtype, without skipped steps.
     progress: called with the tensor's name, its number from 0 and how many there are.
   """
   findings: list[Finding] = []
@@ -43,7 +41,7 @@ def audit_series(series: Series, bound: Bound | None = None, still: Still | None
     findings += judge_tensor(name, followed, series.file_of)
     if bound:
       findings += _too_far(name, followed, series, bound)
-  findings += _equal_checkpoints(series, histories, still or (lambda first, last: False))
+  findings += equal_checkpoints(series, histories, reach)
   findings += _swapped(series, findings)
   return sorted(findings, key=lambda finding: (finding.step, finding.kind, finding.tensor)), histories
 
@@ -66,47 +64,6 @@ def _too_far(name: str, followed: Followed, series: Series, bound: Bound) -> lis
         f'an element moves by {followed.moved_most[i]:.3g} between steps {steps[i - 1]} and '
         f'{steps[i]}; the learning rate allows {allowed:.3g}'))
   return found
-
-
-def _equal_checkpoints(series: Series, histories: dict[str, Followed], still: Still) -> list[Finding]:
-  """Returns checkpoints that are another one over again (duplicate), or hold part of it (splice)."""
-  moving = {name: dict(zip(followed.steps, followed.digests, strict=True))
-            for name, followed in histories.items()
-            if len(set(followed.digests)) >= _RARELY * len(followed.digests) > 1}
-  found, holders = [], collections.defaultdict(list)
-  for name, by_step in moving.items():
-    for step, digest in by_step.items():
-      holders[name, digest].append(step)
-  shared: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
-  for (name, _), steps in holders.items():
-    for pair in itertools.combinations(sorted(steps), 2):
-      shared[pair].append(name)
-  for (first, second), names in shared.items():
-    wrong, of = (first, second) if _strangeness(histories, names, first) > _strangeness(
-        histories, names, second) else (second, first)
-    n_both = sum(first in by_step and second in by_step for by_step in moving.values())
-    if len(names) == n_both:
-      if not still(first, second):
-        found.append(Finding('duplicate', wrong, str(series.file_of(wrong, names[0]).parent), '',
-                             f'has all the tensors of step {of}'))
-    else:
-      found.append(Finding('splice', wrong, str(series.file_of(wrong, names[0])), names[0],
-                           f'{len(names)} of {n_both} tensors are bit for bit those of step {of}'))
-  return found
-
-
-def _strangeness(histories: dict[str, Followed], names: Sequence[str], step: int) -> float:
-  """Returns how far off its neighbors' way a checkpoint lies in some tensors; about 1 is usual."""
-  total = 0.0
-  for name in names:
-    followed = histories[name]
-    i, last = followed.steps.index(step), len(followed.steps) - 1
-    ratio = float(followed.detour[i])
-    if i in (0, last) and last > 1:  # One neighbor only: how far that is away.
-      usual = float(np.median(followed.moved[1:]))
-      ratio = float(followed.moved[max(i, 1)]) / max(usual, 1e-30)
-    total += min(1e6, ratio)
-  return total
 
 
 def _swapped(series: Series, findings: Sequence[Finding]) -> list[Finding]:

@@ -19,6 +19,8 @@ JUMP = 5.0  # a step's length / the median of its neighbors
 END_JUMP = 12.0  # the same at the first and the last checkpoint, which have one neighbor
 OUTLIER = 10.0  # largest deviation of an element from its neighbors' mean / the median of that
 NEAR = 5  # checkpoints on each side that are neighbors
+# Distance of 1 from the next number.
+_GRAIN = {'float64': 2.0**-52, 'float32': 2.0**-23, 'float16': 2.0**-10, 'bfloat16': 2.0**-7}
 
 
 class Finding(NamedTuple):
@@ -66,6 +68,13 @@ class Followed:
   around: np.ndarray
   outlier: np.ndarray
   outlier_at: list[str]
+
+  @property
+  def grains(self) -> np.ndarray:
+    """One unit in the last place of each checkpoint's largest weight; 0 for dtypes not known."""
+    names = ['bfloat16' if coarse else dtype
+             for dtype, coarse in zip(self.dtypes, self.coarse, strict=True)]
+    return self.peaks * np.array([_GRAIN.get(name, 0.0) for name in names])
 
   @property
   def detour(self) -> np.ndarray:
@@ -157,10 +166,11 @@ def _near_median(values: np.ndarray, i: int, without: tuple[int, ...]) -> float:
 def _jumps(followed: Followed) -> Iterator[tuple[int, str]]:
   """Yields checkpoints that lie off the way of their neighbors, and in which sense."""
   moved, detour, n = followed.moved, followed.detour, len(followed.steps)
+  grains = followed.grains  # What moves by less than these is noise of rounding.
   for i in range(1, n - 1):
     usual = _near_median(moved, i, (0, i, i + 1))
     least = min(moved[i], moved[i + 1])
-    if least > 0 and detour[i] > DETOUR and (np.isnan(usual) or least > JUMP * usual):
+    if least > 0 and detour[i] > DETOUR and least > JUMP * np.fmax(usual, grains[i]):
       yield i, (f'lies off the way from step {followed.steps[i - 1]} to {followed.steps[i + 1]}: '
                 f'{detour[i]:.3g} times as far as past it')
   if n < 4:
@@ -168,6 +178,7 @@ def _jumps(followed: Followed) -> Iterator[tuple[int, str]]:
   gaps = np.diff(followed.steps)
   for i, last, before in ((0, 1, 2), (n - 1, n - 1, n - 2)):
     usual = _near_median(moved, last, (0, last)) * max(1.0, gaps[last - 1] / gaps[before - 1])
+    usual = np.maximum(usual, grains[i])
     if moved[last] > END_JUMP * usual:
       yield i, (f'is {moved[last]:.3g} away from its neighbor, which moved {usual:.3g} before or '
                 'after')
@@ -175,9 +186,14 @@ def _jumps(followed: Followed) -> Iterator[tuple[int, str]]:
 
 def _outliers(followed: Followed) -> Iterator[tuple[int, str]]:
   """Yields checkpoints in which some element jumps and jumps back."""
-  outlier = np.nan_to_num(followed.outlier)
+  outlier, gaps = np.nan_to_num(followed.outlier), np.diff(followed.steps)
+  # Between checkpoints that are close together, elements stray less.
+  apart = np.minimum(np.append(gaps, gaps[-1:]), np.append(gaps[:1], gaps))
   for i in range(1, len(outlier) - 1):
-    usual = _near_median(followed.outlier, i, (i - 1, i, i + 1))
+    others = i - 1, i, i + 1
+    usual = np.maximum(_near_median(followed.outlier, i, others),
+                       _near_median(followed.outlier / apart, i, others) * apart[i])
+    usual = np.maximum(usual, followed.grains[i])
     is_peak = outlier[i] >= max(outlier[i - 1], outlier[i + 1])
     if is_peak and outlier[i] > OUTLIER * usual:
       yield _blamed(followed, i), (

@@ -8,6 +8,7 @@ from research.dynamics.audit_run import audit_run
 from research.dynamics.public import UnusableError
 from research.dynamics.public_trajectory import PublicTrajectory
 from research.dynamics.trajectory import open_trajectory
+from research.errors import UserError
 from research.run_dir import RunDir
 from research.training import manifest as manifest_lib
 
@@ -25,9 +26,22 @@ def audit_location(location: str, progress: Progress | None = None) -> Audit:
     UserError: there is no trajectory.
   """
   run_dir = RunDir(location)
-  if run_dir.config_json.exists() and 'series' not in (manifest_lib.read(run_dir) or {'series': {}}):
+  if _is_run(run_dir):
     return audit_run(run_dir, progress)  # Where nothing is left to open, that is a finding.
   return audit_public(open_trajectory(location), progress)
+
+
+def _is_run(run_dir: RunDir) -> bool:
+  """Returns whether a directory is that of a run of ours, though files of it may be lost."""
+  if run_dir.snapshots.is_dir() or run_dir.checkpoints.is_dir():
+    return run_dir.config_json.exists() or run_dir.manifest_json.exists()
+  if not run_dir.manifest_json.exists():
+    return False
+  try:
+    return 'series' not in manifest_lib.read(run_dir)
+  except ValueError as error:
+    raise UserError(f'{run_dir.manifest_json} cannot be read ({error}), and nothing beside it says '
+                    'what it was about') from error
 
 
 def audit_public(trajectory: PublicTrajectory, progress: Progress | None = None) -> Audit:

@@ -21,10 +21,7 @@ def _adam_ratio(b1: float, b2: float, n: int) -> float:
 
 
 def update_bound(config: ExperimentConfig, first: int, last: int, peak: float) -> float:
-  """Returns the farthest that any element can move in the updates of steps (first, last].
-
-  Without a sharp bound it is infinite: Muon, Adafactor and SGD, and Adam with b2 = 0 or moments
-  taken over from another run.
+  """Returns the farthest that any stored element can move in the updates of steps (first, last].
 
   Args:
     config: of the run.
@@ -32,16 +29,30 @@ def update_bound(config: ExperimentConfig, first: int, last: int, peak: float) -
     last: steps done after.
     peak: the largest magnitude of a weight in between, which decoupled decay is a share of.
   """
+  rounding = (last - first) * 2.0**-22 + (2.0**-7 if _rounds(config) else 0.0)
+  return update_reach(config, np.arange(first, last), peak) + rounding * max(peak, 1e-30)
+
+
+def update_reach(config: ExperimentConfig, steps: np.ndarray, peak: float) -> float:
+  """Returns the farthest that any element can move in some updates, before it is rounded.
+
+  Without a sharp bound it is infinite, unless the learning rate is 0: Muon, Adafactor and SGD, and
+  Adam with b2 = 0 or moments taken over from another run.
+
+  Args:
+    config: of the run.
+    steps: int [S], numbers of steps done before each of the updates.
+    peak: the largest magnitude of a weight in between, which decoupled decay is a share of.
+  """
   optimizer = config.optimizer
+  rates = np.asarray(schedule(optimizer, config.n_steps)(steps), np.float64)
+  if not rates.any():
+    return 0.0
   if optimizer.name not in ('adamw', 'lion') or config.start.optimizer or not optimizer.b2:
     return math.inf
-  steps = np.arange(first, last)
-  rates = np.asarray(schedule(optimizer, config.n_steps)(steps), np.float64)
   ratios = [_adam_ratio(optimizer.b1, optimizer.b2, int(step) + 1) if optimizer.name == 'adamw'
             else 1.0 for step in steps]
-  rounding = (last - first) * 2.0**-22 + (2.0**-7 if _rounds(config) else 0.0)
-  return float(rates @ (np.array(ratios) + optimizer.weight_decay * peak)) * 1.001 + (
-      rounding * max(peak, 1e-30))
+  return float(rates @ (np.array(ratios) + optimizer.weight_decay * peak)) * 1.001
 
 
 def _rounds(config: ExperimentConfig) -> bool:

@@ -31,7 +31,7 @@ from research.training.halt import Halt
 from research.training.join import join
 from research.training.logs import duration
 from research.training.observation import Observation
-from research.training.provenance import Chain, Window
+from research.training.provenance import Chain, Window, config_hash
 from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotWriter
 from research.training.span import Span
@@ -189,7 +189,8 @@ def _open_manifest(config, run_dir, inputs, mesh, restored, span) -> dict[str, A
       raise UserError(f'{run_dir.path} holds checkpoints but no manifest.json, so what made them is '
                       'unknown; put it back or choose another --run_dir')
     manifest = {'experiment': config.name, 'numerics': inputs.numerics, 'mesh': shape, 'starts': [],
-                'hashes': {'data': source.hash, 'tokenizer': source.tokenizer.hash},
+                'hashes': {'config': config_hash(config), 'data': source.hash,
+                           'tokenizer': source.tokenizer.hash},
                 'parent': inputs.parent, 'start_id': source.start_id, 'data': source.facts()}
     manifest |= {'replay': span.replay, 'differs': span.differs} if span.replay else {}
   else:

@@ -23,7 +23,8 @@ from research.training.imports import Imported, Progress, describe, imported_con
 from research.training.logs import JsonLines, duration, read_rows
 from research.training.streaming import place_streamed
 
-LEFT_OUT = ('damaged', 'shape', 'duplicate')  # What these findings name is not monitored.
+# What these findings name is not monitored.
+LEFT_OUT = ('damaged', 'shape', 'duplicate', 'nonfinite', 'splice', 'swapped')
 Say = Callable[[str], None]
 _say = functools.partial(print, flush=True)
 
@@ -57,9 +58,9 @@ def monitor_series(trajectory: PublicTrajectory, run_dir: RunDir,
   """Writes the scores of every sound revision as a run directory with a report.
 
   The weights go from their files onto the mesh one revision at a time, and are not stored. A
-  revision that the audit finds damaged or a duplicate is left out. Repeating the command goes on
-  after the last revision that was scored; where revisions, files or items have changed since, it
-  audits or scores them again.
+  revision with a finding of LEFT_OUT is left out. Repeating the command goes on after the last
+  revision that was scored; where revisions, files or items have changed since, it audits or scores
+  them again.
 
   Raises:
     UserError: no revision, or the tokenizer, the items or a setting cannot be used; or the

@@ -77,7 +77,13 @@ class SnapshotReader:
     return self.array(name)[self._row(step)]
 
   def file_of(self, step: int, name: str) -> pathlib.Path:
-    """Returns the file that holds a leaf of a snapshot."""
+    """Returns the file that holds a leaf of a snapshot; zarr.json where that is damaged."""
+    metadata = self.path / name / 'zarr.json'
+    try:
+      if self._row(step) >= self.array(name).shape[0]:
+        return metadata
+    except DamagedError:
+      return metadata
     key = self.array(name).spec().to_json()['metadata']['chunk_key_encoding']
     separator = key.get('configuration', {}).get('separator', '/')
     place = ['c', str(self._row(step)), *['0'] * (self.array(name).ndim - 1)]
@@ -90,9 +96,13 @@ class SnapshotReader:
       DamagedError: it cannot be read or has another hash; the file is named.
     """
     rows = [self._row(step) for step in steps]
+    n_rows = self.array(name).shape[0]
+    if max(rows, default=-1) >= n_rows:
+      raise DamagedError(f'{self.path / name / "zarr.json"}: has {n_rows} rows, a snapshot is row '
+                         f'{max(rows)}')
     try:
       x = self.array(name)[rows].read().result()
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
       raise DamagedError(f'{self.path / name}: cannot be read ({first_line(error)})') from error
     for step, found in zip(steps, hashes.row_digests(x), strict=True):
       said = self.commits[step].get('tensors', {name: found}).get(name)

@@ -1,6 +1,6 @@
 """A full checkpoint as it lies on disk, read without a mesh: its record, its files, its tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import hashlib
 import json
 import pathlib
@@ -42,11 +42,12 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     record = json.loads((path / RECORD).read_text(encoding='utf-8'))['custom_metadata']
-  except (FileNotFoundError, ValueError, KeyError) as error:  # Other OSErrors say nothing of it.
+  except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    # Other OSErrors say nothing of the file.
     raise DamagedError(f'its record cannot be read ({error})') from error
   if not isinstance(record, dict) or 'tensors' not in record:
     return {}
-  if record['hash'] != hashes.record_hash(record):
+  if record.get('hash') != hashes.record_hash(record):
     raise DamagedError('its record does not have its own hash')
   return record
 
@@ -77,8 +78,9 @@ def inventory_damage(path: pathlib.Path) -> Iterator[Damage]:
   if not (path / INVENTORY).exists():
     return
   try:
-    listed = json.loads((path / INVENTORY).read_text(encoding='utf-8'))
-  except ValueError as error:
+    text = (path / INVENTORY).read_text(encoding='utf-8')
+    listed = {name: (size, content) for name, (size, content) in json.loads(text).items()}
+  except (ValueError, TypeError, AttributeError) as error:
     yield Damage(path / INVENTORY, '', f'cannot be read ({error})')
     return
   found = _files(path)
@@ -139,12 +141,14 @@ def _item(path: pathlib.Path, item: str) -> dict[str, Any]:
   return {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{path / item}/'}}
 
 
-def damage(path: pathlib.Path, step: int) -> Iterator[Damage]:
+def damage(path: pathlib.Path, step: int, look: Callable[[str, np.ndarray], None] | None = None
+           ) -> Iterator[Damage]:
   """Yields what is wrong with a checkpoint: its record, its files, every tensor against its hash.
 
   Args:
     path: the checkpoint's directory.
     step: the number that it stands under.
+    look: called with name and content of each tensor that is sound.
   """
   yield from inventory_damage(path)
   try:
@@ -169,6 +173,9 @@ def damage(path: pathlib.Path, step: int) -> Iterator[Damage]:
       yield Damage(where, name, 'is missing')
     else:
       try:
-        stored.read(name, hashed[name])
+        x = stored.read(name, hashed[name])
       except DamagedError as error:
         yield Damage(where, name, str(error))
+        continue
+      if look:
+        look(name, x)

@@ -17,6 +17,7 @@ from research import config as config_lib
 from research.data import tokenizers
 from research.data.microworld import WORDS
 from research.data.tokenizers import word_tokenizer
+from research.dynamics.audit_location import audit_location
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.training.conversion import export_run, find_source, import_run
@@ -58,6 +59,7 @@ def test_an_imported_run_has_the_parameters_and_their_origin(series, run_dir):
   assert reader.steps == [300]
   for leaf in checkpoint.rows:
     np.testing.assert_array_equal(reader.leaf(300, leaf).read().result(), checkpoint.read(leaf))
+  assert audit_location(str(run_dir.path))[0] == []
   manifest = json.loads(run_dir.manifest_json.read_text())
   assert manifest['imported']['source'] == f'{series}@{REVISION}'
   assert config_lib.from_json(run_dir.config_json.read_text()).model == checkpoint.config

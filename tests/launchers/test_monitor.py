@@ -19,6 +19,7 @@ from research.dynamics.public import UnusableError
 from research.dynamics.public_trajectory import counted_through
 from research.dynamics.revisions import parse
 from research.dynamics.trajectory import open_trajectory
+from research.training import monitoring
 from tests.models import hf_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -104,6 +105,25 @@ def test_audit_names_copies_and_the_missing_shard(series):
   assert [finding.problem for finding in findings if finding.kind == 'duplicate'] == [
       'has all the tensors of step 300', 'has all the tensors of step 2000']
   assert {len(followed.steps) for followed in histories.values()} == {39}
+
+
+def test_most_revisions_may_be_copies_and_are_left_out_with_all_that_is_no_model(series, tmp_path):
+  """Nine of sixteen are the same, as where names of revisions lead to one; one is not a number."""
+  folder = tmp_path / 'few'
+  for step in range(100, 1700, 100):
+    source = 500 if 700 <= step < 1500 else step
+    shutil.copytree(series / f'step{source}', folder / f'step{step}')
+  shard = folder / 'step200' / SHARDS[0]
+  tensors = load_file(shard)
+  name = sorted(tensors)[0]
+  tensors[name] = tensors[name].copy()
+  tensors[name].reshape(-1)[0] = np.nan
+  save_file(tensors, shard, metadata={'format': 'pt'})
+  said = []
+  plan = monitoring._audited(open_trajectory(folder), said.append)
+  assert plan.left_out.keys() == {'step200', *(f'step{step}' for step in range(700, 1500, 100))}
+  assert plan.left_out['step200'].startswith('nonfinite')
+  assert plan.left_out['step900'].startswith('duplicate: is one of 9 checkpoints')
 
 
 def test_series_opens_as_a_trajectory(series):

@@ -1,18 +1,22 @@
 """The audit finds every planted fault and names its file; healthy series and runs give no finding."""
 
 import functools
+import json
+import shutil
 
 import numpy as np
 import pytest
 
 from experiments.benchmarks import faults
 from research.dynamics import audit_content
+from research.dynamics import audit_run as audit_run_lib
 from research.dynamics.audit import audit_series, norms_table
 from research.dynamics.audit_location import audit_location
 from research.dynamics.audit_run import audit_run
 from research.dynamics.series import RowSeries, SnapshotSeries
-from research.dynamics.update_bounds import update_bound
+from research.dynamics.update_bounds import update_bound, update_reach
 from research.errors import UserError
+from research.training import provenance, stored
 from research.training.provenance import Window
 from tests.research.conftest import short_config
 
@@ -46,13 +50,93 @@ def test_every_fault_in_a_file_is_named(short_run, fault, seed):
     ('values through bfloat16, snapshot', {'dtype'}),
     ('duplicate a step, checkpoint', {'order'}),
     ('splice two checkpoints, checkpoint', {'order'}),
-    ('swap two tensors, checkpoint', {'order'})])
+    ('swap two tensors, checkpoint', {'order'}),
+    ('not a number in the optimizer, checkpoint', {'nonfinite'})])
 def test_faults_whose_hashes_were_recomputed(short_run, fault, kinds):
   planted = faults.FILE_FAULTS[fault](short_run, np.random.default_rng(5))
   faults.rehash(short_run)
   findings, _ = audit_run(short_run)
   assert names_it(findings, planted), (planted, [str(finding) for finding in findings])
   assert kinds & {finding.kind for finding in findings if finding.step == planted.step}
+
+
+def test_a_checkpoint_missing_from_the_middle_is_named(short_run):
+  shutil.rmtree(short_run.checkpoints / '20')
+  finding, = [finding for finding in audit_run(short_run)[0] if finding.kind == 'missing']
+  assert finding.step == 20 and finding.file == str(short_run.checkpoints / '20')
+
+
+def test_optimizer_tensors_of_another_dtype_are_named(short_run):
+  """The witness is a list of dtypes by hand."""
+  path, found = short_run.checkpoints / '20', {}
+  first = {'optimizer.mu.q': ('float32', 0), 'ema.q': ('float32', 0)}
+  assert not list(audit_run_lib._state(path, 10, first, found))
+  finding, = audit_run_lib._state(path, 20, {**first, 'optimizer.mu.q': ('bfloat16', 0)}, found)
+  assert (finding.kind, finding.step, finding.tensor) == ('dtype', 20, 'optimizer.mu.q')
+
+
+def broken(text: bytes, what: str) -> bytes | None:
+  """The bytes of a file after an accident, None for a file that is gone."""
+  lines = text.splitlines(keepends=True)
+  third = {'high bit': lambda line: line[:4] + bytes([line[4] ^ 0x80]) + line[5:],
+           'low bit': lambda line: line.replace(b'"step"', b'"stdp"', 1),
+           'quote': lambda line: line.replace(b'"', b'#', 1)}
+  if what == 'missing':
+    return None
+  if what == 'truncated':
+    return text[:len(text) // 2]
+  at = min(2, len(lines) - 1)
+  lines[at] = third[what](lines[at])
+  return b''.join(lines)
+
+
+@pytest.mark.parametrize('name, what', [
+    *(('snapshots/commits.jsonl', what) for what in ('high bit', 'low bit', 'quote')),
+    *(('metrics.jsonl', what) for what in ('high bit', 'low bit', 'quote')),
+    *((name, what) for name in ('config.json', 'manifest.json')
+      for what in ('missing', 'truncated')),
+    *(('snapshots/embedding/zarr.json', what) for what in ('truncated', 'quote'))])
+def test_a_damaged_index_is_a_finding_beside_the_others(short_run, name, what):
+  path, checkpoint = short_run.path / name, short_run.checkpoints / '20'
+  if 'embedding' in name:
+    path = next(path for path in sorted(short_run.snapshots.glob('*/zarr.json')))
+  after = broken(path.read_bytes(), what)
+  path.unlink() if after is None else path.write_bytes(after)
+  (checkpoint / stored.INVENTORY).unlink()
+  findings, _ = audit_location(str(short_run.path))
+  damaged = {finding.file for finding in findings if finding.kind == 'damaged'}
+  assert damaged == {str(path), str(checkpoint / stored.INVENTORY)}
+
+
+def test_an_array_with_fewer_rows_than_snapshots_is_named(short_run):
+  path = sorted(short_run.snapshots.glob('*/zarr.json'))[0]
+  metadata = json.loads(path.read_text())
+  metadata['shape'][0] = 20
+  path.write_text(json.dumps(metadata))
+  findings, _ = audit_run(short_run)
+  assert {(finding.kind, finding.file) for finding in findings} == {('damaged', str(path))}
+  assert {finding.step for finding in findings} == set(range(20, 31))
+  assert 'has 20 rows' in findings[0].problem
+
+
+def test_a_manifest_alone_that_cannot_be_read_is_one_sentence(tmp_path):
+  (tmp_path / 'manifest.json').write_text('{"ser')
+  with pytest.raises(UserError, match='manifest.json cannot be read'):
+    audit_location(str(tmp_path))
+
+
+def test_settings_that_code_has_gained_since_do_not_matter(short_run, monkeypatch):
+  kept = json.loads(short_run.manifest_json.read_text())
+  record = stored.read_record(short_run.checkpoints / '10')
+  assert kept['hashes']['config'] == record['config'] == provenance.config_hash(short_config())
+  monkeypatch.setattr(provenance, 'config_hash', lambda config: '0' * 32)
+  assert audit_run(short_run)[0] == []
+  del kept['hashes']['config']
+  short_run.manifest_json.write_text(json.dumps(kept))
+  assert audit_run(short_run)[0] == []
+  kept['hashes']['config'] = '1' * 32
+  short_run.manifest_json.write_text(json.dumps(kept))
+  assert {finding.problem[:20] for finding in audit_run(short_run)[0]} == {'was made with config'}
 
 
 def test_recomputed_hashes_of_a_healthy_run_give_no_finding(short_run):
@@ -102,6 +186,95 @@ def test_a_swap_names_both_tensors():
 @pytest.mark.parametrize('seed', range(5))
 def test_healthy_walks_give_no_finding(seed):
   assert audit_series(series_of(walk(100, 300, seed)))[0] == []
+
+
+def test_most_of_a_series_may_be_copies():
+  """86 of 154 are the same; the one whose neighbors are near it, and no copies, is the original."""
+  rows = {name: x.copy() for name, x in walk(154).items()}
+  copies = [i for i in range(154) if i not in (99, 101) and i != 100][:45] + list(range(110, 150))
+  for x in rows.values():
+    x[copies] = x[100]
+  findings, _ = audit_series(series_of(rows))
+  duplicates = [finding for finding in findings if finding.kind == 'duplicate']
+  assert [finding.step for finding in duplicates] == [10 * i for i in copies]
+  assert all('one of 86 checkpoints' in finding.problem and 'the first of step 0' in finding.problem
+             and 'step 1000 is taken' in finding.problem for finding in duplicates)
+  assert not [finding for finding in findings if finding.kind == 'splice']
+
+
+def test_copies_in_a_short_series_are_found_and_the_last_is_kept_where_none_fits():
+  rows = {name: x[:3].copy() for name, x in walk().items()}
+  for x in rows.values():
+    x[:] = x[2]
+  findings, _ = audit_series(series_of(rows))
+  assert [(finding.kind, finding.step) for finding in findings] == [
+      ('duplicate', 0), ('duplicate', 10)]
+
+
+def decaying(dtype: str, n_steps: int = 120, seed: int = 0) -> RowSeries:
+  """Weights stored in a dtype whose steps decay to 0 along a cosine; a scale about 1, a matrix."""
+  rng = np.random.default_rng(seed)
+  rate_T = 1e-2 * 0.5 * (1 + np.cos(np.pi * np.arange(n_steps) / n_steps))
+  def tensor(start, n):
+    signs_TN = np.sign(rng.normal(size=(n_steps, n)) + rng.normal(size=n))
+    return (start + np.cumsum(rate_T[:, None] * signs_TN * rng.random((n_steps, n)), 0))
+  rows = {'scale': tensor(1.0, 16), 'matrix': tensor(rng.normal(size=400) * 0.1, 400)}
+  return RowSeries(range(n_steps), {
+      name: x.astype(np.float32).astype(dtype) for name, x in rows.items()})
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+@pytest.mark.parametrize('seed', range(3))
+def test_healthy_series_that_come_to_rest_give_no_finding(dtype, seed):
+  series = decaying(dtype, seed=seed)
+  assert dtype == 'float32' or (series._rows['scale'][-1] == series._rows['scale'][-2]).all()
+  assert [str(finding) for finding in audit_series(series)[0]] == []
+
+
+def in_bfloat16(run_dir) -> RowSeries:
+  """The snapshots of a run, rounded."""
+  series = SnapshotSeries(run_dir.snapshots)
+  return RowSeries(series.steps, {name: series.leaves(series.steps, name).astype('bfloat16')
+                                  for name in series.names})
+
+
+def test_a_healthy_run_stored_in_bfloat16_gives_no_finding(trained):
+  """Warm-up makes its first updates smaller than a grain of most weights."""
+  config = short_config(**{'checkpoints.snapshot_dtype': 'bfloat16'})
+  assert audit_series(in_bfloat16(trained))[0] == []
+  reach = lambda first, last, peak: update_reach(config, np.arange(first, last), peak)
+  assert audit_series(in_bfloat16(trained), functools.partial(update_bound, config), reach)[0] == []
+
+
+def test_a_last_checkpoint_soon_after_the_one_before_is_no_measure_of_the_others():
+  rng = np.random.default_rng(0)
+  steps = np.array([0, 10, 20, 30, 31])
+  way = np.cumsum(rng.choice([-1, 1], size=(32, 16)) * 1e-3, 0)
+  way[20:] -= 2 * (way[20:] - way[20])  # All turn back at once.
+  x = (1 + way)[steps].astype(np.float32)
+  x[1, 3] += 0.03
+  assert not [f for f in audit_series(RowSeries(list(steps), {'a': x}))[0] if f.kind == 'outlier']
+
+
+def test_equality_is_a_fault_only_where_the_learning_rate_moves_a_grain():
+  rows = {name: x.copy() for name, x in walk(12).items()}
+  for x in rows.values():
+    x[9:] = x[9]
+  for x in rows.values():
+    x[4] = x[3]
+  config = short_config(n_steps='12', **{
+      'optimizer.schedule': 'linear', 'optimizer.warmup_steps': '0',
+      'optimizer.peak_lr': '1', 'optimizer.final_lr_fraction': '0'})
+  series = RowSeries(range(12), rows)
+  def reach(first, last, peak):  # Nothing is updated after step 9.
+    return update_reach(config, np.array([s for s in range(first, last) if s < 9], int), peak)
+  findings, _ = audit_series(series, None, reach)
+  assert [(finding.kind, finding.step) for finding in findings] == [('duplicate', 4)]
+  assert update_reach(config, np.array([12]), 1.0) == 0.0
+  sgd = short_config(n_steps='12', **{'optimizer.name': 'sgd', 'optimizer.warmup_steps': '0',
+                                      'optimizer.schedule': 'linear'})
+  assert update_reach(sgd, np.array([12]), 1.0) == 0.0
+  assert update_reach(sgd, np.array([3]), 1.0) == np.inf
 
 
 def test_histories_are_those_of_numpy():

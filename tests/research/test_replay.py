@@ -19,6 +19,7 @@ from research import build as build_lib
 from research.data.edits import parse_edit
 from research.dynamics import bisect as bisect_lib
 from research.dynamics import verify
+from research.dynamics.audit_location import audit_location
 from research.dynamics.counterfactual import as_csv, compare, counterfactual
 from research.dynamics.curves import read_curves
 from research.dynamics.original import open_original
@@ -100,6 +101,7 @@ def test_forty_steps_again_are_the_same_bits(runs, tmp_path):
   assert content(run_dir.whole) == before
   assert SnapshotReader(again.snapshots).steps == list(range(21, 62))
   assert same_snapshots(again, witness, range(21, 62))
+  assert audit_location(str(again.path))[0] == []
   assert read_rows(again.metrics_jsonl) == [
       row for row in read_rows(witness.metrics_jsonl) if 20 < row['step'] <= 61]
   manifest = json.loads(again.manifest_json.read_text())
