@@ -42,7 +42,7 @@ def audit_public(trajectory: PublicTrajectory, progress: Progress | None = None)
       trajectory.checkpoint(step)
       sound.append(step)
     except UnusableError as error:
-      findings.append(Finding('damaged', step, str(error.path), '', str(error)))
+      findings.append(Finding(error.kind, step, str(error.path), '', str(error)))
   histories: dict[str, Followed] = {}
   if sound:
     more, histories = audit_series(trajectory.only(sound), progress=progress)

@@ -22,11 +22,22 @@ TOKENIZER = ('tokenizer.json', 'tokenizer_config.json')
 
 
 class UnusableError(DamagedError):
-  """A checkpoint is not whole, or no model of ours; `path` is the file or folder to blame."""
+  """A checkpoint is not whole, or no model of ours; `path` is the file or folder to blame.
+
+  `kind` is that of the finding which the audit makes of it.
+  """
+
+  kind = 'damaged'
 
   def __init__(self, message: str, path: pathlib.Path):
     super().__init__(message)
     self.path = path
+
+
+class OtherModelError(UnusableError):
+  """A sound checkpoint whose config.json is not that of most of its series."""
+
+  kind = 'config'
 
 
 def open_checkpoint(folder: pathlib.Path) -> HfCheckpoint:

@@ -138,9 +138,23 @@ def test_truncated_files_and_other_models_are_findings(series, tmp_path):
   path.write_text(json.dumps({**json.loads(path.read_text()), 'rms_norm_eps': 1e-3}))
   findings, histories = audit_location(str(folder))
   assert [(f.kind, f.step, f.file) for f in findings] == [
-      ('damaged', 200, str(shard)), ('damaged', 400, str(path))]
-  assert 'norm_eps=0.001' in findings[1].problem
+      ('damaged', 200, str(shard)), ('config', 400, str(path))]
+  assert 'norm_eps=0.001; most revisions have 1e-' in findings[1].problem
   assert {tuple(followed.steps) for followed in histories.values()} == {(100, 300, 500)}
+
+
+def test_the_dtype_of_computation_makes_no_other_model(series, tmp_path):
+  for step in (100, 200, 300, 400):
+    shutil.copytree(series / f'step{step}', tmp_path / f'step{step}')
+  for step, more in ((200, {'dtype': 'bfloat16'}), (300, {'max_position_embeddings': 256})):
+    path = tmp_path / f'step{step}' / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+  findings, histories = audit_location(str(tmp_path))
+  assert [(f.kind, f.step) for f in findings if f.kind in ('damaged', 'config')] == [('config', 300)]
+  problem = findings[0].problem
+  assert 'context_length=256; most revisions have ' in problem and "such as 'stage2-*'" in problem
+  assert {tuple(followed.steps) for followed in histories.values()} == {(100, 200, 400)}
+  assert open_trajectory(str(tmp_path)).config.model.compute_dtype == 'float32'
 
 
 def test_steps_are_counted_through_stages():
