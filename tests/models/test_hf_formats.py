@@ -87,6 +87,16 @@ def test_a_checkpoint_exported_again_has_the_same_bits(tmp_path, family, dtype):
     assert all(again.read(leaf).tobytes() == leaves[leaf].tobytes() for leaf in leaves)
 
 
+def test_of_one_file_and_an_index_the_file_counts_as_in_transformers(tmp_path):
+  checkpoint = HfCheckpoint(hf_cases.write(tmp_path, case('llama')))
+  (tmp_path / 'model.safetensors.index.json').write_text(
+    '{"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}')
+  save_file({'model.norm.weight': np.zeros(64, np.float32)},
+            tmp_path / 'model-00001-of-00001.safetensors')
+  np.testing.assert_array_equal(
+    HfCheckpoint(tmp_path).read('final_norm.scale'), checkpoint.read('final_norm.scale'))
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_any_box_of_a_parameter_is_that_part_of_the_whole(tmp_path, family):
   checkpoint = HfCheckpoint(hf_cases.write(tmp_path, case(family, tying='tied')))
@@ -188,10 +198,11 @@ BAD_FILES = {
     (folder / 'model.safetensors').read_bytes()[:-8]),
   'has no config.json': lambda folder: (folder / 'config.json').unlink(),
   'config.json is not valid JSON': lambda folder: (folder / 'config.json').write_text('{'),
-  'only pytorch_model.bin': lambda folder: (folder / 'model.safetensors').rename(
+  'only pytorch_model.bin, which may run code when read; convert it to safetensors': lambda folder: (folder / 'model.safetensors').rename(
     folder / 'pytorch_model.bin'),
   'lacks absent.safetensors, a shard': lambda folder: (
-    folder / 'model.safetensors.index.json').write_text('{"weight_map": {"x": "absent.safetensors"}}'),
+    (folder / 'model.safetensors').unlink(), (folder / 'model.safetensors.index.json').write_text(
+      '{"weight_map": {"x": "absent.safetensors"}}')),
 }
 
 
