@@ -115,6 +115,11 @@ class PublicTrajectory:
     return {path.name: path.stat().st_size for path in sorted(self.folder(step).iterdir())
             if path.is_file()}
 
+  def commits(self) -> dict[str, str]:
+    """Returns the commit of each revision of a repository by name; {} of a folder."""
+    known = self._series.commits()
+    return {name: known[name] for name in map(self.name_of, self.steps) if name in known}
+
   @functools.cached_property
   def model(self) -> ModelConfig:
     """The model of most revisions; raises UserError where none has a config.json that is known."""
