@@ -16,9 +16,12 @@ import tokenizers
 from models import transformer
 from research.dynamics.audit_location import audit_location
 from research.dynamics.public import UnusableError
-from research.dynamics.public_trajectory import counted_through
+from research.dynamics.public_trajectory import PublicTrajectory, counted_through
 from research.dynamics.revisions import parse
 from research.dynamics.trajectory import open_trajectory
+from research.errors import UserError
+from research.run_dir import RunDir
+from research.training.monitoring import monitor_series
 from tests.models import hf_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -163,6 +166,50 @@ def test_steps_are_counted_through_stages():
   assert counted_through([parse(name) for name in names]) == [
       (10, 10**9), (20, 2 * 10**9), (21, 2 * 10**9), (26, 3 * 10**9), (31, 4 * 10**9)]
   assert counted_through([parse('step7'), parse('stage2-step3')]) == [(7, None), (10, None)]
+
+
+def copied(series: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """Returns a folder with the first five revisions of the series."""
+  for step in range(600, 1100, 100):
+    shutil.copytree(series / f'step{step}', folder / f'step{step}')
+  return folder
+
+
+def test_repeating_the_command_loses_no_scores_and_sees_what_changed(series, tmp_path, capsys):
+  folder, run_dir = copied(series, tmp_path / 'few'), RunDir(tmp_path / 'run')
+  suite = [('monitors.suite', str(series.parent / 'items.jsonl'))]
+  commits = {}
+
+  def monitored() -> str:
+    trajectory = PublicTrajectory(str(folder))
+    trajectory.commits = lambda: dict(commits)  # as a repository has them
+    monitor_series(trajectory, run_dir, suite)
+    return capsys.readouterr().out
+  assert '[5/5] step1000' in monitored() and 'monitored already' in monitored()
+
+  (folder / 'step700').rename(tmp_path / 'step700')
+  before = files_of(run_dir.path)
+  with pytest.raises(UserError, match='no longer shows revision step700, of which'):
+    monitored()
+  assert {**files_of(run_dir.path), '.lock': b''} == {**before, '.lock': b''}
+  (tmp_path / 'step700').rename(folder / 'step700')
+
+  commits |= {f'step{step}': 'first' for step in range(600, 1100, 100)}
+  monitored()
+  commits['step900'] = 'uploaded again'
+  said = monitored()
+  assert '[1/2] step900' in said and '[2/2] step1000' in said and 'step800:' not in said
+
+  # Killed before the last revision, which is then damaged: its size is as it was.
+  run_dir.done.unlink()
+  rows = run_dir.metrics_jsonl.read_text().splitlines(keepends=True)
+  run_dir.metrics_jsonl.write_text(''.join(rows[:-1]))
+  shard = folder / 'step1000' / SHARDS[0]
+  shard.write_bytes(b'\xff' * shard.stat().st_size)
+  with pytest.raises(UserError, match='repeat the command, which audits again'):
+    monitored()
+  assert 'left out: step1000, damaged' in monitored()
+  assert open_trajectory(run_dir.path).scores()['step'].to_pylist()[-1] == 900
 
 
 @pytest.mark.slow
