@@ -1,6 +1,7 @@
 """A public series of 40 revisions, with faults, audited and monitored by one command each."""
 
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 import tokenizers
 
 from models import transformer
+from models.interop.checkpoint import HfCheckpoint, leaf_shapes
+from research.dynamics import pieces
 from research.dynamics.audit_location import audit_location
 from research.dynamics.public import UnusableError
 from research.dynamics.public_trajectory import PublicTrajectory, counted_through
@@ -166,6 +169,32 @@ def test_steps_are_counted_through_stages():
   assert counted_through([parse(name) for name in names]) == [
       (10, 10**9), (20, 2 * 10**9), (21, 2 * 10**9), (26, 3 * 10**9), (31, 4 * 10**9)]
   assert counted_through([parse('step7'), parse('stage2-step3')]) == [(7, None), (10, None)]
+
+
+def test_an_audit_reads_pieces_and_sees_layers_that_changed_places(
+    series, tmp_path, monkeypatch):
+  folder = copied(series, tmp_path / 'few')
+  names = [f'model.layers.{i}.self_attn.o_proj.weight' for i in (0, 1)]
+  held = {path: load_file(path) for path in (folder / 'step800' / shard for shard in SHARDS)}
+  first, second = (next(path for path in held if name in held[path]) for name in names)
+  a, b = held[first][names[0]], held[second][names[1]]
+  held[first][names[0]], held[second][names[1]] = b, a
+  for path, tensors in held.items():
+    save_file(tensors, path, metadata={'format': 'pt'})
+  monkeypatch.setattr(pieces, 'PIECE_ELEMENTS', 1000)
+  sizes, read = [], HfCheckpoint.read
+  monkeypatch.setattr(HfCheckpoint, 'read', lambda self, leaf, box=None: (
+      sizes.append(math.prod(stop - start for start, stop in box)) or read(self, leaf, box)))
+  findings, histories = audit_location(str(folder))
+  assert max(sizes) <= 1000
+  swapped = [finding for finding in findings if finding.kind == 'swapped']
+  assert {(f.step, f.file, f.tensor.partition('[')[0]) for f in swapped} == {
+      (800, str(first), 'blocks.attention.o')}
+  assert all(f.tensor.startswith('blocks.attention.o[0') and
+             f'holds blocks.attention.o[1{f.tensor.partition("[0")[2]}, and {second}' in f.problem
+             for f in swapped)
+  elements = sum(math.prod(shape) for shape in leaf_shapes(open_trajectory(folder).model).values())
+  assert sum(sizes[:5 * len(histories)]) == 5 * elements  # Every element once per revision.
 
 
 def copied(series: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
