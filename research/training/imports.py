@@ -59,11 +59,17 @@ def imported_config(model: ModelConfig, name: str, step: int, stored: str,
     overrides: (path, text) of settings; of the model only those that keep its shapes.
 
   Raises:
-    UserError: an override changes the shape of a parameter.
+    UserError: an override changes the shape of a parameter, or settings contradict each other.
   """
   config = config_of(model, name, step)
-  config = overrides_lib.apply(dataclasses.replace(config, checkpoints=dataclasses.replace(
-      config.checkpoints, snapshot_dtype=stored)), overrides)
+  config = dataclasses.replace(config, checkpoints=dataclasses.replace(
+      config.checkpoints, snapshot_dtype=stored))
+  try:
+    config = overrides_lib.apply(config, overrides)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(str(error)) from error
   ours, theirs = leaf_shapes(config.model), leaf_shapes(model)
   for leaf in sorted(ours.keys() | theirs.keys()):
     if ours.get(leaf) != theirs.get(leaf):

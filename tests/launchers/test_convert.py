@@ -157,6 +157,8 @@ def test_bad_input_is_one_sentence_on_the_command_line(series, tmp_path):
     (lambda series, run: import_run(find_source(str(series / REVISION)), run,
                                     [('model.d_ff', '64')]), 'parameter blocks.mlp.down is'),
     (lambda series, run: import_run(find_source(str(series / REVISION)), run,
+                                    [('model.dropout', '2')]), 'dropout'),
+    (lambda series, run: import_run(find_source(str(series / REVISION)), run,
                                     [('mesh.data', '99')]), 'needs 99 devices'),
     (lambda series, run: import_run(find_source(str(series / REVISION)), run,
                                     [('monitors.suite', 'none.jsonl')]), 'none.jsonl'),
