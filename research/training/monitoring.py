@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from research import config as config_lib
 from research.dynamics.audit_content import Finding
 from research.dynamics.audit_location import audit_public
 from research.dynamics.public import UnusableError
@@ -19,7 +18,8 @@ from research.monitors import table
 from research.reports.report import build_report
 from research.run_dir import RunDir, write_whole
 from research.training import manifest as manifest_lib
-from research.training.imports import Imported, Progress, describe, imported_config, prepared
+from research.training.imports import (
+    Imported, Progress, check_settings, describe, imported_config, prepared)
 from research.training.logs import JsonLines, duration, read_rows
 from research.training.streaming import place_streamed
 
@@ -113,11 +113,7 @@ def _known(trajectory: PublicTrajectory, run_dir: RunDir, imported: Imported) ->
       raise UserError(f'{trajectory.location} no longer shows revision {name}, of which '
                       f'{run_dir.path} has scores (step {step}); bring it back, go online if the '
                       'cache has only a part, or choose another --run_dir')
-  saved = json.loads(run_dir.config_json.read_text(encoding='utf-8'))
-  for setting, old in config_lib.differences(saved, imported.config):
-    if setting.kind == 'identity' and setting.path != 'n_steps':
-      raise UserError(f'{run_dir.path} was made with {setting.path}={old!r}, now it is '
-                      f'{setting.value!r}; choose another --run_dir or set it back')
+  check_settings(run_dir, imported.config)
   return Plan(**series)
 
 
