@@ -21,7 +21,8 @@ INTEGERS = (*REQUIRED, 'num_key_value_heads', 'head_dim', 'sliding_window', 'max
             'num_local_experts', 'num_experts_per_tok')
 KINDS_OF_VALUES = {
   **dict.fromkeys(INTEGERS, (int,)), 'architectures': (list,), 'layer_types': (list,),
-  'rope_parameters': (dict,), 'rope_scaling': (dict,), 'model_type': (str,), 'hidden_act': (str,),
+  'rope_parameters': (dict,), 'rope_scaling': (dict,), 'model_type': (str,),
+  'hidden_act': (str,),
   **dict.fromkeys(('rope_theta', 'rotary_emb_base', 'rotary_pct', 'partial_rotary_factor',
                    'rms_norm_eps', 'layer_norm_eps'), (int, float)),
 }

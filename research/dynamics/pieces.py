@@ -50,7 +50,7 @@ class PieceSeries:
     return self._trajectory.checkpoint(step).read(*self._pieces[name])
 
   def file_of(self, step: int, name: str) -> pathlib.Path:
-    """Returns the file that holds a piece, the first of several; of a damaged step what is amiss."""
+    """Returns the file that holds a piece, or of a damaged step what is amiss."""
     try:
       return self._trajectory.checkpoint(step).file_of(*self._pieces[name])
     except UnusableError as error:

@@ -129,7 +129,7 @@ def describe(run_dir: RunDir, imported: Imported, step: int, origin: dict[str, A
 
 
 def check_settings(run_dir: RunDir, config: ExperimentConfig) -> None:
-  """Raises UserError where a directory was made with another setting that its content depends on."""
+  """Raises UserError where a directory was made with another setting of what its content is."""
   saved = json.loads(run_dir.config_json.read_text(encoding='utf-8'))
   for setting, old in config_lib.differences(saved, config):
     if setting.kind == 'identity' and setting.path != 'n_steps':

@@ -65,8 +65,8 @@ def monitor_series(trajectory: PublicTrajectory, run_dir: RunDir,
 
   The weights go from their files onto the mesh one revision at a time, and are not stored. A
   revision that the audit finds damaged or a duplicate is left out. Repeating the command goes on
-  after the last revision that was scored; where revisions, files, commits or items have changed
-  since, it audits or scores them again.
+  after the last revision that was scored; where revisions, files or items have changed since, it
+  audits or scores them again.
 
   Raises:
     UserError: no revision, or the tokenizer, the items or a setting cannot be used; the directory

@@ -74,7 +74,7 @@ def test_an_import_again_says_so_and_another_source_is_refused(series, run_dir, 
     import_run(find_source(str(tmp_path / 'other')), run_dir)
 
 
-def test_an_import_again_scores_new_items_and_finishes_a_checkpoint(series, run_dir, tmp_path, capsys):
+def test_an_import_again_scores_new_items_and_lists_files(series, run_dir, tmp_path, capsys):
   copy = RunDir(shutil.copytree(run_dir.path, tmp_path / 'copy'))
   row = {'item_id': 'i', 'family': 'flipped', 'dataset': 'd', 'seed': 0, 'variant': '',
          'prompt': f'{WORDS[5]} {WORDS[6]}', 'generalizing': f' {WORDS[7]}',

@@ -61,7 +61,7 @@ def test_a_scaling_of_null_is_none_in_older_files():
   hf = {k: v for k, v in case('apertus').items() if k not in ('rope_parameters', 'dtype')}
   older = hf | {'rope_theta': 5e5, 'rope_scaling': None, 'transformers_version': '4.56.0'}
   assert model_config(older).rope == RopeConfig(5e5)
-  for refused in (hf | {'transformers_version': '4.56.0'}, older | {'transformers_version': '5.2.0'}):
+  for refused in (hf, older | {'transformers_version': '5.2.0'}):
     with pytest.raises(ValueError, match='neither rope_parameters nor rope_scaling'):
       model_config(refused)
 
@@ -76,7 +76,8 @@ def test_layers_slide_where_the_config_says():
   hf = {k: v for k, v in case('qwen3', tying='tied').items()
         if k not in ('layer_types', 'max_window_layers')}  # of transformers' Qwen3Config: 28
   assert model_config(hf).layer_pattern == ('full',)
-  assert model_config(hf | {'num_hidden_layers': 30}).layer_kinds == ('full',) * 28 + ('sliding',) * 2
+  kinds = model_config(hf | {'num_hidden_layers': 30}).layer_kinds
+  assert kinds == ('full',) * 28 + ('sliding',) * 2
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -180,7 +181,7 @@ BAD_CONFIGS = [
   ('apertus', {'rope_parameters': None}, 'neither rope_parameters nor rope_scaling'),
   ('llama', {'hidden_size': '64'}, "hidden_size='64' of config.json is a str; int is needed"),
   ('llama', {'architectures': 'LlamaForCausalLM'}, 'is a str; list is needed'),
-  ('llama', {'rope_parameters': ['default']}, "rope_parameters=['default'] of config.json is a list"),
+  ('llama', {'rope_parameters': ['default']}, "rope_parameters=['default'] of config.json is"),
   ('llama', {'rope_parameters': {'rope_type': 'linear', 'factor': [2]}},
    'rope_parameters.factor=[2] is no number'),
   ('olmo3', {'rope_parameters': {'full_attention': 3}}, 'rope_parameters.full_attention=3'),

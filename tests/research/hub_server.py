@@ -10,8 +10,8 @@ import threading
 class Hub:
   """Serves the sub-folders of a folder as branches of the repository owner/model.
 
-  Every branch is a tag as well. Requests are kept in `asked`. `refusals` are the statuses with which
-  revisions are refused, by name. `stop` closes it: nobody answers any more.
+  Every branch is a tag as well. Requests are kept in `asked`. `refusals` are the statuses with
+  which revisions are refused, by name. `stop` closes it: nobody answers any more.
   """
 
   def __init__(self, folder: pathlib.Path):
