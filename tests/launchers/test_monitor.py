@@ -24,7 +24,7 @@ from research.dynamics.revisions import parse
 from research.dynamics.trajectory import open_trajectory
 from research.errors import UserError
 from research.run_dir import RunDir
-from research.training.monitoring import monitor_series
+from research.training import monitoring
 from tests.models import hf_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -160,7 +160,9 @@ def test_the_dtype_of_computation_makes_no_other_model(series, tmp_path):
   problem = findings[0].problem
   assert 'context_length=256; most revisions have ' in problem and "such as 'stage2-*'" in problem
   assert {tuple(followed.steps) for followed in histories.values()} == {(100, 200, 400)}
-  assert open_trajectory(str(tmp_path)).config.model.compute_dtype == 'float32'
+  trajectory = open_trajectory(str(tmp_path))
+  assert trajectory.config.model.compute_dtype == 'float32'
+  assert monitoring._audited(trajectory, print).left_out.keys() == {'step300'}
 
 
 def test_steps_are_counted_through_stages():
@@ -212,7 +214,7 @@ def test_repeating_the_command_loses_no_scores_and_sees_what_changed(series, tmp
   def monitored() -> str:
     trajectory = PublicTrajectory(str(folder))
     trajectory.commits = lambda: dict(commits)  # as a repository has them
-    monitor_series(trajectory, run_dir, suite)
+    monitoring.monitor_series(trajectory, run_dir, suite)
     return capsys.readouterr().out
   assert '[5/5] step1000' in monitored() and 'monitored already' in monitored()
 
