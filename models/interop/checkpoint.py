@@ -126,10 +126,12 @@ class HfCheckpoint:
     """Returns the dtype in which a parameter is stored, the common one of all its tensors."""
     return self._dtypes[leaf]
 
-  def file_of(self, leaf: str) -> pathlib.Path:
-    """Returns the file that holds a parameter, the first one where there are several."""
-    name, _, _ = next(tensors_of(self.rows[leaf], self.config))
-    return self.files.path_of(name)
+  def file_of(self, leaf: str, box: Optional[Box] = None) -> pathlib.Path:
+    """Returns the file that holds a box of a parameter, the first one where there are several."""
+    row = self.rows[leaf]
+    box = tuple((0, size) for size in self.shapes[leaf]) if box is None else box
+    first = dict(zip('N' * row.stacked + row.axes, (start for start, _ in box), strict=True))
+    return self.files.path_of(row.tensor.format(layer=first.get('N'), expert=first.get('X')))
 
   @property
   def dtypes(self) -> set[str]:

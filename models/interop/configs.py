@@ -16,6 +16,27 @@ COMPUTED = {
 KIND_NAMES = {ours: theirs for theirs, ours in KINDS.items()}
 
 
+# Kinds of values; None is none.
+INTEGERS = (*REQUIRED, 'num_key_value_heads', 'head_dim', 'sliding_window', 'max_window_layers',
+            'num_local_experts', 'num_experts_per_tok')
+KINDS_OF_VALUES = {
+  **dict.fromkeys(INTEGERS, (int,)), 'architectures': (list,), 'layer_types': (list,),
+  'rope_parameters': (dict,), 'rope_scaling': (dict,), 'model_type': (str,),
+  'hidden_act': (str,),
+  **dict.fromkeys(('rope_theta', 'rotary_emb_base', 'rotary_pct', 'partial_rotary_factor',
+                   'rms_norm_eps', 'layer_norm_eps'), (int, float)),
+}
+
+
+def _check_kinds(hf: Mapping[str, Any]) -> None:
+  """Raises ValueError for a value of config.json of another kind than its key has."""
+  for key, kinds in KINDS_OF_VALUES.items():
+    value = hf.get(key)
+    if value is not None and type(value) not in kinds:
+      raise ValueError(f'{key}={value!r} of config.json is a {type(value).__name__}; '
+                       f'{" or ".join(kind.__name__ for kind in kinds)} is needed')
+
+
 def family_of(hf: Mapping[str, Any]) -> Family:
   """Returns the family of a config.json; raises ValueError naming the nearest we know."""
   name, known = hf.get('model_type'), ', '.join(FAMILIES)
@@ -76,7 +97,8 @@ def _given_types(
   if family.windows == 'layer_types':
     return [full[i] if (i + 1) % 4 == 0 else 'sliding_attention' for i in range(n_layers)]
   if family.windows == 'max_window_layers' and window:
-    first = hf.get('max_window_layers') or 0
+    first = hf.get('max_window_layers')
+    first = 28 if first is None else first  # as in transformers
     return full[:first] + ['sliding_attention'] * (n_layers - first)
   return None
 
@@ -144,6 +166,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ValueError: unknown architecture, missing key or unsupported setting, in one sentence.
   """
+  _check_kinds(hf)
   family = family_of(hf)
   _required(hf, family)
   dtype = str(hf.get('dtype') or hf.get('torch_dtype') or 'float32').removeprefix('torch.')

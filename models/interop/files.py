@@ -38,19 +38,20 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the files that hold the weights; raises ValueError when one is not there."""
-  if (folder / INDEX).is_file():
+  if (folder / SINGLE).is_file():  # transformers takes it where there is an index too
+    shards = [folder / SINGLE]
+  elif (folder / INDEX).is_file():
     index = read_json(folder / INDEX).get('weight_map')
     if not isinstance(index, dict) or not index:
       raise ValueError(f'{folder / INDEX} has no weight_map')
     shards = [folder / name for name in sorted(set(index.values()))]
-  elif (folder / SINGLE).is_file():
-    shards = [folder / SINGLE]
   else:
     shards = sorted(folder.glob('*.safetensors'))
     pickled = sorted(path.name for path in folder.glob('*.bin'))
     if not shards:
-      there = f'only {pickled[0]}, which may run code when read' if pickled else 'no weights'
-      raise ValueError(f'{folder} has {there}; {SINGLE} or {INDEX} is needed')
+      there = f'only {pickled[0]}, which may run code when read; convert it to safetensors' if (
+        pickled) else f'no weights; {SINGLE} or {INDEX} is needed'
+      raise ValueError(f'{folder} has {there}')
   for path in shards:
     if not path.is_file():
       raise WeightFileError(f'{folder} lacks {path.name}, a shard that {INDEX} names', path)
@@ -75,7 +76,7 @@ class WeightFiles:
         if name in self._file_of:
           raise ValueError(f'{folder}: tensor {name} is in two files, one of them {path.name}')
         self._file_of[name], self._paths[name] = file, path
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
       absent = read_json(folder / INDEX)['weight_map'].keys() - self._file_of.keys()
       if absent:
         raise ValueError(

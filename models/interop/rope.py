@@ -59,6 +59,8 @@ def _scaled(
     value = given.get(key) if given.get(key) is not None else otherwise
     if value is None:
       raise ValueError(f'{where} has no {key}, which rope_type={kind!r} needs')
+    if not isinstance(value, (int, float)):
+      raise ValueError(f'{where}.{key}={value!r} is no number')
     fields[field] = float(value)
   if scaling in STRETCHED:
     fields['original_context'] = int(original)
@@ -80,6 +82,12 @@ def _fraction(
   return value
 
 
+def _is_plain(hf: Mapping[str, Any]) -> bool:
+  """Returns whether an older file (transformers before 5) says that there is no scaling."""
+  version = str(hf.get('transformers_version') or 4)
+  return 'rope_scaling' in hf and version.partition('.')[0] < '5'
+
+
 def rope_of(
   hf: Mapping[str, Any], *, theta: float, partial: float = 1.0, per_kind: bool = False,
   required: bool = False,
@@ -97,7 +105,7 @@ def rope_of(
     ValueError: a setting is missing or not supported; names it.
   """
   theta = hf.get('rope_theta') or hf.get('rotary_emb_base') or theta
-  if required and not (hf.get('rope_scaling') or hf.get('rope_parameters')):
+  if required and not (hf.get('rope_scaling') or hf.get('rope_parameters') or _is_plain(hf)):
     raise ValueError('config.json has neither rope_parameters nor rope_scaling')
   ropes = {}
   for kind, (path, given) in _dict_of_each_kind(hf, per_kind).items():
@@ -129,8 +137,8 @@ def _dict_of_each_kind(
   for theirs, ours in KINDS.items():
     path = f'rope_parameters.{theirs}' if nested else 'rope_parameters'
     values = given.get(theirs, {}) if nested else given
-    if values is None:
-      raise ValueError(f'{path}=None: layers without positions are not supported')
+    if not isinstance(values, dict):
+      raise ValueError(f'{path}={values!r} is not supported; a dict is needed')
     dicts[ours] = path, values
   return dicts
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from research.dynamics.audit import audit_series
 from research.dynamics.audit_content import Finding, Followed
 from research.dynamics.audit_run import audit_run
+from research.dynamics.pieces import PieceSeries
 from research.dynamics.public import UnusableError
 from research.dynamics.public_trajectory import PublicTrajectory
 from research.dynamics.trajectory import open_trajectory
@@ -46,8 +47,8 @@ def _is_run(run_dir: RunDir) -> bool:
 
 def audit_public(trajectory: PublicTrajectory, progress: Progress | None = None) -> Audit:
   """Returns what is wrong with a public series: revisions that cannot be used, each once, then
-  what the tensors of the others say. Tensors are read one at a time, a few revisions of one in
-  memory at once; but all the files must fit on the disk."""
+  what the tensors of the others say. They are read in pieces (`research.dynamics.pieces`), a few
+  revisions of one in memory at once; but all the files must fit on the disk."""
   findings, sound = [], []
   for number, step in enumerate(trajectory.steps):
     if progress:
@@ -56,10 +57,10 @@ def audit_public(trajectory: PublicTrajectory, progress: Progress | None = None)
       trajectory.checkpoint(step)
       sound.append(step)
     except UnusableError as error:
-      findings.append(Finding('damaged', step, str(error.path), '', str(error)))
+      findings.append(Finding(error.kind, step, str(error.path), '', str(error)))
   histories: dict[str, Followed] = {}
   if sound:
-    more, histories = audit_series(trajectory.only(sound), progress=progress)
+    more, histories = audit_series(PieceSeries(trajectory, sound), progress=progress)
     findings += more
   return sorted((_named(trajectory, finding) for finding in findings),
                 key=lambda finding: finding.step), histories

@@ -13,20 +13,17 @@ from models.interop.files import CONFIG, read_json
 from models.interop.layout import Box
 from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
-from research.dynamics.revisions import Revision, chosen, place_of
+from research.dynamics.revisions import Revision, UnusableError, chosen, place_of
 from research.errors import UserError
-from research.training.stored import DamagedError
 from research.training.streaming import place_streamed
 
 TOKENIZER = ('tokenizer.json', 'tokenizer_config.json')
 
 
-class UnusableError(DamagedError):
-  """A checkpoint is not whole, or no model of ours; `path` is the file or folder to blame."""
+class OtherModelError(UnusableError):
+  """A sound checkpoint whose config.json is not that of most of its series."""
 
-  def __init__(self, message: str, path: pathlib.Path):
-    super().__init__(message)
-    self.path = path
+  kind = 'config'
 
 
 def open_checkpoint(folder: pathlib.Path) -> HfCheckpoint:
@@ -123,6 +120,10 @@ class PublicSeries:
       raise UserError(f'{self.location}, revision {name} has no parameter {leaf}; it has '
                       f'{", ".join(checkpoint.rows)}')
     return checkpoint.read(leaf, box)
+
+  def commits(self) -> dict[str, str]:
+    """Returns the commit of every revision of a repository by name; {} of a folder."""
+    return self._place.commits()
 
   def close(self, name: str) -> None:
     """Lets go of a revision's open files."""

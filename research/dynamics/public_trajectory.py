@@ -17,7 +17,7 @@ from models.interop.checkpoint import HfCheckpoint, leaf_shapes
 from models.interop.files import CONFIG
 from research import config as config_lib
 from research.config import ExperimentConfig
-from research.dynamics.public import TOKENIZER, PublicSeries, UnusableError
+from research.dynamics.public import TOKENIZER, OtherModelError, PublicSeries, UnusableError
 from research.dynamics.revisions import Folder, Revision, parse, place_of
 from research.errors import UserError
 from research.monitors.table import score_table
@@ -51,6 +51,22 @@ def config_of(model: ModelConfig, name: str, step: int) -> ExperimentConfig:
   return dataclasses.replace(
       base, name=name, n_steps=max(step, 1), model=model, data=dataclasses.replace(
           base.data, sequence_length=min(_LONGEST_ROW, model.context_length)))
+
+
+def same_dtype(model: ModelConfig, dtype: str) -> ModelConfig:
+  """Returns the model computing in a dtype."""
+  return dataclasses.replace(model, compute_dtype=dtype)
+
+
+def first_difference(a: Any, b: Any) -> tuple[str, Any, Any]:
+  """Returns name and both values of the first setting in which two unequal configs differ."""
+  name = next(field.name for field in dataclasses.fields(a)
+              if getattr(a, field.name) != getattr(b, field.name))
+  ours, theirs = getattr(a, name), getattr(b, name)
+  if not (dataclasses.is_dataclass(ours) and dataclasses.is_dataclass(theirs)):
+    return name, ours, theirs
+  inner, ours, theirs = first_difference(ours, theirs)
+  return f'{name}.{inner}', ours, theirs
 
 
 class PublicTrajectory:
@@ -99,18 +115,24 @@ class PublicTrajectory:
     return {path.name: path.stat().st_size for path in sorted(self.folder(step).iterdir())
             if path.is_file()}
 
+  def commits(self) -> dict[str, str]:
+    """Returns the commit of each revision of a repository by name; {} of a folder."""
+    known = self._series.commits()
+    return {name: known[name] for name in map(self.name_of, self.steps) if name in known}
+
   @functools.cached_property
   def model(self) -> ModelConfig:
     """The model of most revisions; raises UserError where none has a config.json that is known."""
-    models, last = collections.Counter(), None
+    models, last = collections.defaultdict(collections.Counter), None
     for step in self.steps:
       try:
-        models[self._series.config(self.name_of(step))] += 1
+        model = self._series.config(self.name_of(step))
+        models[same_dtype(model, 'float32')][model] += 1
       except UnusableError as error:
         last = error
     if not models:
       raise UserError(f'no revision of {self.location} can be used: {last}')
-    return models.most_common(1)[0][0]
+    return max(models.values(), key=collections.Counter.total).most_common(1)[0][0]
 
   @functools.cached_property
   def config(self) -> ExperimentConfig:
@@ -138,17 +160,18 @@ class PublicTrajectory:
     """Returns the files of a step, fetched if need be.
 
     Raises:
-      UnusableError: one is missing or truncated, tensors are not those of the model, or most
-        revisions have another model. `path` is the file.
+      UnusableError: one is missing or truncated, or tensors are not those of the model. `path` is
+        the file. OtherModelError where most revisions have another model; the dtype in which it
+        computes is no part of that, as one tool or another writes it.
     """
     checkpoint = self._series.checkpoint(self.name_of(step))
-    if checkpoint.config != self.model:
+    theirs = same_dtype(checkpoint.config, self.model.compute_dtype)
+    if theirs != self.model:
       path = checkpoint.folder / CONFIG
-      field = next(field.name for field in dataclasses.fields(self.model) if getattr(
-          checkpoint.config, field.name) != getattr(self.model, field.name))
-      raise UnusableError(
-          f'{path}: is of another model, with {field}={getattr(checkpoint.config, field)}; most '
-          f'revisions have {getattr(self.model, field)}', path)
+      field, value, usual = first_difference(theirs, self.model)
+      raise OtherModelError(
+          f'{path}: is of another model, with {field}={value!r}; most revisions have {usual!r}; '
+          "open each stage alone, with a pattern such as 'stage2-*'", path)
     return checkpoint
 
   def close(self, step: int) -> None:

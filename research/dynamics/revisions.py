@@ -3,18 +3,23 @@
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
 import huggingface_hub
+from absl import logging
 from huggingface_hub import errors
 
 from models.interop.files import CONFIG
 from research.errors import UserError
+from research.training.stored import DamagedError
 
-FILES = (CONFIG, '*.safetensors', '*.safetensors.index.json', 'tokenizer.json',
+SAFE = '*.safetensors'
+_WEIGHTS = (SAFE, '*.bin')
+FILES = (CONFIG, SAFE, '*.safetensors.index.json', 'tokenizer.json',
          'tokenizer_config.json')
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'B': 10**9, 'T': 10**12}
 _NUMBER = r'(\d+(?:[.]\d+)?)'
@@ -83,9 +88,25 @@ class Place(Protocol):
   def folder(self, name: str, files: Sequence[str] = FILES) -> pathlib.Path:
     """The folder of a revision with the files of these patterns in it, fetched if need be."""
 
+  def commits(self) -> dict[str, str]:
+    """The commit of every revision by name; {} where there are none."""
+
+
+class UnusableError(DamagedError):
+  """A checkpoint is not whole, or no model of ours; `path` is the file or folder to blame.
+
+  `kind` is that of the finding which the audit makes of it.
+  """
+
+  kind = 'damaged'
+
+  def __init__(self, message: str, path: pathlib.Path):
+    super().__init__(message)
+    self.path = path
+
 
 class Folder:
-  """Revisions as sub-folders, each of them with a config.json."""
+  """Revisions as sub-folders: those with a config.json or weights, or with a step for a name."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
@@ -94,11 +115,15 @@ class Folder:
     return str(self._path)
 
   def names(self) -> list[str]:
-    return sorted(path.name for path in self._path.iterdir() if (path / CONFIG).is_file())
+    return sorted(path.name for path in self._path.iterdir() if path.is_dir() and (
+        parse(path.name) or any(next(path.glob(kind), None) for kind in (CONFIG, *_WEIGHTS))))
 
   def folder(self, name: str, files: Sequence[str] = FILES) -> pathlib.Path:
     del files  # all there are
     return self._path / name
+
+  def commits(self) -> dict[str, str]:
+    return {}
 
 
 class Repository:
@@ -114,29 +139,50 @@ class Repository:
     return self.name
 
   def names(self) -> list[str]:
+    return sorted(self.commits())
+
+  def commits(self) -> dict[str, str]:
+    return self._commits
+
+  @functools.cached_property
+  def _commits(self) -> dict[str, str]:
     try:
       refs = huggingface_hub.HfApi().list_repo_refs(self.name)
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
       if _unreachable(error) and (cached := self._cached()):
+        logging.warning('huggingface.co cannot be reached: of %s there are the %d revisions in the '
+                        'cache', self.name, len(cached))
         return cached
       raise UserError(self._sentence(error, '')) from error
-    return sorted(ref.name for ref in [*refs.branches, *refs.tags])
+    # Of a tag and a branch of one name the branch is what is fetched.
+    return {ref.name: ref.target_commit for ref in [*refs.tags, *refs.branches]}
 
   def folder(self, name: str, files: Sequence[str] = FILES) -> pathlib.Path:
     try:
-      return pathlib.Path(huggingface_hub.snapshot_download(
+      folder = pathlib.Path(huggingface_hub.snapshot_download(
           self.name, revision=name, allow_patterns=list(files), ignore_patterns=['*/*']))
+      if SAFE in files and not next(folder.glob(SAFE), None):
+        self._refuse_pickled(name, folder)
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
       raise UserError(self._sentence(error, name)) from error
+    return folder
 
-  def _cached(self) -> list[str]:
-    """Returns the revisions that the cache knows by name."""
+  def _refuse_pickled(self, name: str, folder: pathlib.Path) -> None:
+    """Raises UnusableError for a revision that has weights, but none that are fetched."""
+    pickled = [file for file in huggingface_hub.HfApi().list_repo_files(self.name, revision=name)
+               if file.endswith('.bin')]
+    if pickled:
+      raise UnusableError(f'{self.name} at revision {name} has only {min(pickled)}, which may run '
+                          'code when read; convert it to safetensors', folder)
+
+  def _cached(self) -> dict[str, str]:
+    """Returns the commits of the revisions that the cache knows by name."""
     try:
       repos = huggingface_hub.scan_cache_dir().repos
     except errors.CacheNotFound:
-      return []
-    return sorted({ref for repo in repos if repo.repo_id == self.name
-                   for revision in repo.revisions for ref in revision.refs})
+      return {}
+    return {ref: revision.commit_hash for repo in repos if repo.repo_id == self.name
+            for revision in repo.revisions for ref in revision.refs}
 
   def _sentence(self, error: Exception, name: str) -> str:
     """Returns what was wrong with a request, by its error."""
@@ -151,13 +197,20 @@ class Repository:
               'may read; check the name, or log in with `hf auth login`')
     if _unreachable(error):
       return f'{what} is not in the cache and huggingface.co cannot be reached; go online once'
-    return f'{what} cannot be fetched: {error}'.splitlines()[0]
+    return f'{what} cannot be fetched: {_answer(error) or error}'.splitlines()[0]
+
+
+def _answer(error: Exception) -> errors.HfHubHTTPError | None:
+  """Returns the answer of the server that an error is about, or was raised from."""
+  while error is not None and not isinstance(error, errors.HfHubHTTPError):
+    error = error.__cause__
+  return error
 
 
 def _unreachable(error: Exception) -> bool:
   """Returns whether no answer came, or one that says that the server is down."""
-  if isinstance(error, errors.HfHubHTTPError):
-    return error.response.status_code >= 500
+  if answer := _answer(error):
+    return answer.response.status_code >= 500
   if isinstance(error, OSError):
     return isinstance(error, (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError,
                               ConnectionError))

@@ -1,6 +1,7 @@
 """What one public checkpoint and a series of them share on their way into a run directory."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import time
@@ -59,11 +60,17 @@ def imported_config(model: ModelConfig, name: str, step: int, stored: str,
     overrides: (path, text) of settings; of the model only those that keep its shapes.
 
   Raises:
-    UserError: an override changes the shape of a parameter.
+    UserError: an override changes the shape of a parameter, or settings contradict each other.
   """
   config = config_of(model, name, step)
-  config = overrides_lib.apply(dataclasses.replace(config, checkpoints=dataclasses.replace(
-      config.checkpoints, snapshot_dtype=stored)), overrides)
+  config = dataclasses.replace(config, checkpoints=dataclasses.replace(
+      config.checkpoints, snapshot_dtype=stored))
+  try:
+    config = overrides_lib.apply(config, overrides)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(str(error)) from error
   ours, theirs = leaf_shapes(config.model), leaf_shapes(model)
   for leaf in sorted(ours.keys() | theirs.keys()):
     if ours.get(leaf) != theirs.get(leaf):
@@ -119,6 +126,15 @@ def describe(run_dir: RunDir, imported: Imported, step: int, origin: dict[str, A
   beside = imported.folder / TOKENIZER[1]
   if beside.is_file():  # it names the special tokens
     shutil.copyfile(beside, run_dir.tokenizer_json.with_name(TOKENIZER[1]))
+
+
+def check_settings(run_dir: RunDir, config: ExperimentConfig) -> None:
+  """Raises UserError where a directory was made with another setting of what its content is."""
+  saved = json.loads(run_dir.config_json.read_text(encoding='utf-8'))
+  for setting, old in config_lib.differences(saved, config):
+    if setting.kind == 'identity' and setting.path != 'n_steps':
+      raise UserError(f'{run_dir.path} was made with {setting.path}={old!r}, now it is '
+                      f'{setting.value!r}; choose another --run_dir or set it back')
 
 
 class Progress:

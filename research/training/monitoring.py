@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from research import config as config_lib
 from research.dynamics.audit_content import Finding
 from research.dynamics.audit_location import audit_public
-from research.dynamics.public import UnusableError
+from research.dynamics.public import OtherModelError, UnusableError
 from research.dynamics.public_trajectory import PublicTrajectory
 from research.errors import UserError
 from research.monitors import table
 from research.reports.report import build_report
 from research.run_dir import RunDir, write_whole
 from research.training import manifest as manifest_lib
-from research.training.imports import Imported, Progress, describe, imported_config, prepared
+from research.training.imports import (
+    Imported, Progress, check_settings, describe, imported_config, prepared)
 from research.training.logs import JsonLines, duration, read_rows
 from research.training.streaming import place_streamed
 
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     findings: of the audit.
     left_out: name of each revision that is not monitored -> why.
     monitored: name of each that is, by step (as text, as JSON has it), ascending.
+    commits: of each revision of a repository, by name.
   """
 
   source: str
@@ -46,11 +47,17 @@ class Plan(NamedTuple):
   findings: list[dict[str, Any]]
   left_out: dict[str, str]
   monitored: dict[str, str]
+  commits: dict[str, str] = {}
 
   @property
   def steps(self) -> list[int]:
     """Steps that are monitored, ascending."""
     return [int(step) for step in self.monitored]
+
+  def content(self, step: int) -> tuple[str, dict[str, int], str]:
+    """Returns what tells the revision of a step from another: name, bytes by file, commit."""
+    name = self.monitored.get(str(step), '')
+    return name, self.files.get(name, {}), self.commits.get(name, '')
 
 
 def monitor_series(trajectory: PublicTrajectory, run_dir: RunDir,
@@ -63,8 +70,8 @@ def monitor_series(trajectory: PublicTrajectory, run_dir: RunDir,
   them again.
 
   Raises:
-    UserError: no revision, or the tokenizer, the items or a setting cannot be used; or the
-      directory has another run.
+    UserError: no revision, or the tokenizer, the items or a setting cannot be used; the directory
+      has another run; or a revision that it has scores of is gone.
   """
   config = imported_config(trajectory.model, trajectory.location, trajectory.steps[-1], 'float32',
                            overrides)
@@ -74,13 +81,14 @@ def monitor_series(trajectory: PublicTrajectory, run_dir: RunDir,
   run_dir.lock()
   try:
     known = _known(trajectory, run_dir, imported)
-    plan = known if known and known.files == _files(trajectory) else _audited(trajectory, say)
+    now = _files(trajectory), trajectory.commits()
+    plan = known if known and (known.files, known.commits) == now else _audited(trajectory, say)
     if plan == known and _is_done(run_dir, imported):
       say(f'monitored already: {run_dir.path}')
       return
     run_dir.done.unlink(missing_ok=True)
-    watch = imported.watch(run_dir, _kept(run_dir, plan))
-    kept = _kept(run_dir, plan)  # The watch puts scores of other items aside.
+    watch = imported.watch(run_dir, _kept(run_dir, plan, known))
+    kept = _kept(run_dir, plan, known)  # The watch puts scores of other items aside.
     describe(run_dir, imported, max(kept, 0), {'series': plan._asdict()})
     _score(trajectory.only([step for step in plan.steps if step > kept]), run_dir, imported, watch,
            kept, say)
@@ -100,11 +108,13 @@ def _known(trajectory: PublicTrajectory, run_dir: RunDir, imported: Imported) ->
   series = manifest.get('series', {})
   if (series.get('source'), series.get('pattern')) != (trajectory.location, trajectory.pattern):
     raise UserError(f'--run_dir={run_dir.path} holds another run; choose another directory')
-  saved = json.loads(run_dir.config_json.read_text(encoding='utf-8'))
-  for setting, old in config_lib.differences(saved, imported.config):
-    if setting.kind == 'identity' and setting.path != 'n_steps':
-      raise UserError(f'{run_dir.path} was made with {setting.path}={old!r}, now it is '
-                      f'{setting.value!r}; choose another --run_dir or set it back')
+  there = {trajectory.name_of(step) for step in trajectory.steps}
+  for step, name in series['monitored'].items():
+    if name not in there:
+      raise UserError(f'{trajectory.location} no longer shows revision {name}, of which '
+                      f'{run_dir.path} has scores (step {step}); bring it back, go online if the '
+                      'cache has only a part, or choose another --run_dir')
+  check_settings(run_dir, imported.config)
   return Plan(**series)
 
 
@@ -125,7 +135,7 @@ def _audited(trajectory: PublicTrajectory, say: Say) -> Plan:
   out: dict[int, Finding] = {}
   for finding in findings:
     say(str(finding))
-    if finding.kind in LEFT_OUT:
+    if finding.kind in (*LEFT_OUT, OtherModelError.kind):
       out.setdefault(finding.step, finding)
   for step, finding in out.items():
     say(f'left out: {trajectory.name_of(step)}, {finding.kind}')
@@ -133,7 +143,8 @@ def _audited(trajectory: PublicTrajectory, say: Say) -> Plan:
               [finding._asdict() for finding in findings],
               {trajectory.name_of(step): f'{finding.kind}: {finding.problem}'
                for step, finding in out.items()},
-              {str(step): trajectory.name_of(step) for step in trajectory.steps if step not in out})
+              {str(step): trajectory.name_of(step) for step in trajectory.steps if step not in out},
+              trajectory.commits())
   if not plan.monitored:
     raise UserError(f'all {len(out)} revisions of {trajectory.location} are left out, the first: '
                     f'{findings[0]}')
@@ -147,12 +158,23 @@ def _is_done(run_dir: RunDir, imported: Imported) -> bool:
           and table.read_item_table(run_dir.monitor_items) == imported.items)
 
 
-def _kept(run_dir: RunDir, plan: Plan) -> int:
+def _kept(run_dir: RunDir, plan: Plan, known: Plan | None) -> int:
   """Returns the last step up to which all that is planned, and nothing else, was scored; else -1."""
+  if known is None:
+    return -1
   rows = {row['step'] for row in read_rows(run_dir.metrics_jsonl)}
   scored = [step for step in table.score_steps(run_dir.monitor_scores) if step in rows]
-  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(scored, plan.steps))
+  same = itertools.takewhile(
+      lambda pair: pair[0] == pair[1] and plan.content(pair[0]) == known.content(pair[0]),
+      zip(scored, plan.steps))
   return max((step for step, _ in same), default=-1)
+
+
+def _forget(run_dir: RunDir, name: str) -> None:
+  """Takes a revision's files out of the manifest, so that the next start audits again."""
+  manifest = manifest_lib.read(run_dir)
+  del manifest['series']['files'][name]
+  manifest_lib.write(run_dir, manifest)
 
 
 def _score(trajectory: PublicTrajectory, run_dir: RunDir, imported: Imported, watch: Any, kept: int,
@@ -165,7 +187,9 @@ def _score(trajectory: PublicTrajectory, run_dir: RunDir, imported: Imported, wa
     try:
       checkpoint = trajectory.checkpoint(step)
     except UnusableError as error:
-      raise UserError(f'{error}; it was whole when it was audited: repeat the command') from error
+      _forget(run_dir, name)
+      raise UserError(f'{error}; it was whole when it was audited: repeat the command, which '
+                      'audits again') from error
     params = jax.block_until_ready(place_streamed(
         checkpoint.read, imported.built.params, Progress(checkpoint, say)))
     read = time.perf_counter()

@@ -19,10 +19,13 @@ from research.data.microworld import WORDS
 from research.data.tokenizers import word_tokenizer
 from research.dynamics.audit_location import audit_location
 from research.errors import UserError
+from research.monitors import table
 from research.run_dir import RunDir
+from research.training import conversion
 from research.training.conversion import export_run, find_source, import_run
 from research.training.snapshots import SnapshotReader
 from research.training.start import find_parent
+from research.training.stored import INVENTORY, DamagedError
 from tests.launchers.test_launchers import launch
 from tests.models import hf_cases
 from tests.models.hf_running import (
@@ -71,6 +74,53 @@ def test_an_import_again_says_so_and_another_source_is_refused(series, run_dir, 
   shutil.copytree(series / REVISION, tmp_path / 'other')
   with pytest.raises(UserError, match='holds another run'):
     import_run(find_source(str(tmp_path / 'other')), run_dir)
+
+
+def test_an_import_again_scores_new_items_and_lists_files(series, run_dir, tmp_path, capsys):
+  copy = RunDir(shutil.copytree(run_dir.path, tmp_path / 'copy'))
+  row = {'item_id': 'i', 'family': 'flipped', 'dataset': 'd', 'seed': 0, 'variant': '',
+         'prompt': f'{WORDS[5]} {WORDS[6]}', 'generalizing': f' {WORDS[7]}',
+         'shortcut': f' {WORDS[8]}', 'is_control': False}
+  (tmp_path / 'items.jsonl').write_text(json.dumps(row) + '\n')
+  suite = [('monitors.suite', str(tmp_path / 'items.jsonl'))]
+  source = find_source(str(series), REVISION)
+  import_run(source, copy, suite)
+  assert 'scored now' in capsys.readouterr().out
+  assert table.score_steps(copy.monitor_scores) == [300]
+  import_run(source, copy, suite)
+  assert capsys.readouterr().out.startswith('imported already: ')
+  with pytest.raises(UserError, match='was made with checkpoints.snapshot_dtype='):
+    import_run(source, copy, [('checkpoints.snapshot_dtype', 'bfloat16')])
+  inventory = copy.checkpoints / '300' / INVENTORY
+  before = inventory.read_bytes()
+  inventory.unlink()  # As where it was killed after saving.
+  copy.done.unlink()
+  import_run(source, copy, suite)
+  assert inventory.read_bytes() == before
+
+
+def test_an_export_compares_hashes_and_can_be_repeated(run_dir, tmp_path, monkeypatch):
+  copy = RunDir(shutil.copytree(run_dir.path, tmp_path / 'copy'))
+  whole = conversion.write_folder
+  monkeypatch.setattr(conversion, 'write_folder', lambda folder, hf, tensors: whole(
+      folder, hf, (pair for i, pair in enumerate(tensors) if i < 3 or 1 // 0), shard_bytes=1))
+  with pytest.raises(ZeroDivisionError):
+    export_run(copy, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists() and len(list(tmp_path.rglob('part-*'))) > 1
+  monkeypatch.undo()
+  (tmp_path / 'out').mkdir()
+  assert export_run(copy, tmp_path / 'out') == 300
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['copy', 'out']
+  assert HfCheckpoint(tmp_path / 'out').dtypes == {'float32'}
+  with pytest.raises(UserError, match='is not empty'):
+    export_run(copy, tmp_path / 'out')
+  chunk = SnapshotReader(copy.snapshots).file_of(300, 'blocks.mlp.up')
+  content = bytearray(chunk.read_bytes())
+  content[len(content) // 2] ^= 1
+  chunk.write_bytes(content)
+  with pytest.raises(DamagedError, match='blocks.mlp.up'):
+    export_run(copy, tmp_path / 'damaged')
+  assert not (tmp_path / 'damaged').exists()
 
 
 @pytest.mark.slow
@@ -158,6 +208,8 @@ def test_bad_input_is_one_sentence_on_the_command_line(series, tmp_path):
     (lambda series, run: find_source(str(series / REVISION), 'step1'), 'is one checkpoint'),
     (lambda series, run: import_run(find_source(str(series / REVISION)), run,
                                     [('model.d_ff', '64')]), 'parameter blocks.mlp.down is'),
+    (lambda series, run: import_run(find_source(str(series / REVISION)), run,
+                                    [('model.dropout', '2')]), 'dropout'),
     (lambda series, run: import_run(find_source(str(series / REVISION)), run,
                                     [('mesh.data', '99')]), 'needs 99 devices'),
     (lambda series, run: import_run(find_source(str(series / REVISION)), run,

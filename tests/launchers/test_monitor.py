@@ -1,6 +1,7 @@
 """A public series of 40 revisions, with faults, audited and monitored by one command each."""
 
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -14,11 +15,15 @@ from safetensors.numpy import load_file, save_file
 import tokenizers
 
 from models import transformer
+from models.interop.checkpoint import HfCheckpoint, leaf_shapes
+from research.dynamics import pieces
 from research.dynamics.audit_location import audit_location
 from research.dynamics.public import UnusableError
-from research.dynamics.public_trajectory import counted_through
+from research.dynamics.public_trajectory import PublicTrajectory, counted_through
 from research.dynamics.revisions import parse
 from research.dynamics.trajectory import open_trajectory
+from research.errors import UserError
+from research.run_dir import RunDir
 from research.training import monitoring
 from tests.models import hf_cases
 
@@ -158,9 +163,25 @@ def test_truncated_files_and_other_models_are_findings(series, tmp_path):
   path.write_text(json.dumps({**json.loads(path.read_text()), 'rms_norm_eps': 1e-3}))
   findings, histories = audit_location(str(folder))
   assert [(f.kind, f.step, f.file) for f in findings] == [
-      ('damaged', 200, str(shard)), ('damaged', 400, str(path))]
-  assert 'norm_eps=0.001' in findings[1].problem
+      ('damaged', 200, str(shard)), ('config', 400, str(path))]
+  assert 'norm_eps=0.001; most revisions have 1e-' in findings[1].problem
   assert {tuple(followed.steps) for followed in histories.values()} == {(100, 300, 500)}
+
+
+def test_the_dtype_of_computation_makes_no_other_model(series, tmp_path):
+  for step in (100, 200, 300, 400):
+    shutil.copytree(series / f'step{step}', tmp_path / f'step{step}')
+  for step, more in ((200, {'dtype': 'bfloat16'}), (300, {'max_position_embeddings': 256})):
+    path = tmp_path / f'step{step}' / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+  findings, histories = audit_location(str(tmp_path))
+  assert [(f.kind, f.step) for f in findings if f.kind == 'config'] == [('config', 300)]
+  problem = findings[0].problem
+  assert 'context_length=256; most revisions have ' in problem and "such as 'stage2-*'" in problem
+  assert {tuple(followed.steps) for followed in histories.values()} == {(100, 200, 400)}
+  trajectory = open_trajectory(str(tmp_path))
+  assert trajectory.config.model.compute_dtype == 'float32'
+  assert monitoring._audited(trajectory, print).left_out.keys() == {'step300'}
 
 
 def test_steps_are_counted_through_stages():
@@ -169,6 +190,76 @@ def test_steps_are_counted_through_stages():
   assert counted_through([parse(name) for name in names]) == [
       (10, 10**9), (20, 2 * 10**9), (21, 2 * 10**9), (26, 3 * 10**9), (31, 4 * 10**9)]
   assert counted_through([parse('step7'), parse('stage2-step3')]) == [(7, None), (10, None)]
+
+
+def test_an_audit_reads_pieces_and_sees_layers_that_changed_places(
+    series, tmp_path, monkeypatch):
+  folder = copied(series, tmp_path / 'few')
+  names = [f'model.layers.{i}.self_attn.o_proj.weight' for i in (0, 1)]
+  held = {path: load_file(path) for path in (folder / 'step800' / shard for shard in SHARDS)}
+  first, second = (next(path for path in held if name in held[path]) for name in names)
+  a, b = held[first][names[0]], held[second][names[1]]
+  held[first][names[0]], held[second][names[1]] = b, a
+  for path, tensors in held.items():
+    save_file(tensors, path, metadata={'format': 'pt'})
+  monkeypatch.setattr(pieces, 'PIECE_ELEMENTS', 1000)
+  sizes, read = [], HfCheckpoint.read
+  monkeypatch.setattr(HfCheckpoint, 'read', lambda self, leaf, box=None: (
+      sizes.append(math.prod(stop - start for start, stop in box)) or read(self, leaf, box)))
+  findings, histories = audit_location(str(folder))
+  assert max(sizes) <= 1000
+  swapped = [finding for finding in findings if finding.kind == 'swapped']
+  assert {(f.step, f.file, f.tensor.partition('[')[0]) for f in swapped} == {
+      (800, str(first), 'blocks.attention.o')}
+  assert all(f.tensor.startswith('blocks.attention.o[0') and
+             f'holds blocks.attention.o[1{f.tensor.partition("[0")[2]}, and {second}' in f.problem
+             for f in swapped)
+  elements = sum(math.prod(shape) for shape in leaf_shapes(open_trajectory(folder).model).values())
+  assert sum(sizes[:5 * len(histories)]) == 5 * elements  # Every element once per revision.
+
+
+def copied(series: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """Returns a folder with the first five revisions of the series."""
+  for step in range(600, 1100, 100):
+    shutil.copytree(series / f'step{step}', folder / f'step{step}')
+  return folder
+
+
+def test_repeating_the_command_loses_no_scores_and_sees_what_changed(series, tmp_path, capsys):
+  folder, run_dir = copied(series, tmp_path / 'few'), RunDir(tmp_path / 'run')
+  suite = [('monitors.suite', str(series.parent / 'items.jsonl'))]
+  commits = {}
+
+  def monitored() -> str:
+    trajectory = PublicTrajectory(str(folder))
+    trajectory.commits = lambda: dict(commits)  # as a repository has them
+    monitoring.monitor_series(trajectory, run_dir, suite)
+    return capsys.readouterr().out
+  assert '[5/5] step1000' in monitored() and 'monitored already' in monitored()
+
+  (folder / 'step700').rename(tmp_path / 'step700')
+  before = files_of(run_dir.path)
+  with pytest.raises(UserError, match='no longer shows revision step700, of which'):
+    monitored()
+  assert {**files_of(run_dir.path), '.lock': b''} == {**before, '.lock': b''}
+  (tmp_path / 'step700').rename(folder / 'step700')
+
+  commits |= {f'step{step}': 'first' for step in range(600, 1100, 100)}
+  monitored()
+  commits['step900'] = 'uploaded again'
+  said = monitored()
+  assert '[1/2] step900' in said and '[2/2] step1000' in said and 'step800:' not in said
+
+  # Killed before the last revision, which is then damaged: its size is as it was.
+  run_dir.done.unlink()
+  rows = run_dir.metrics_jsonl.read_text().splitlines(keepends=True)
+  run_dir.metrics_jsonl.write_text(''.join(rows[:-1]))
+  shard = folder / 'step1000' / SHARDS[0]
+  shard.write_bytes(b'\xff' * shard.stat().st_size)
+  with pytest.raises(UserError, match='repeat the command, which audits again'):
+    monitored()
+  assert 'left out: step1000, damaged' in monitored()
+  assert open_trajectory(run_dir.path).scores()['step'].to_pylist()[-1] == 900
 
 
 @pytest.mark.slow

@@ -57,6 +57,15 @@ def test_older_configs_say_the_same(family):
     assert getattr(config, field) == value, field
 
 
+def test_a_scaling_of_null_is_none_in_older_files():
+  hf = {k: v for k, v in case('apertus').items() if k not in ('rope_parameters', 'dtype')}
+  older = hf | {'rope_theta': 5e5, 'rope_scaling': None, 'transformers_version': '4.56.0'}
+  assert model_config(older).rope == RopeConfig(5e5)
+  for refused in (hf, older | {'transformers_version': '5.2.0'}):
+    with pytest.raises(ValueError, match='neither rope_parameters nor rope_scaling'):
+      model_config(refused)
+
+
 def test_layers_slide_where_the_config_says():
   assert model_config(case('olmo3')).layer_kinds == ('sliding',) * 3 + ('full', 'sliding')
   assert model_config(case('qwen3', tying='tied')).layer_kinds == ('full', 'sliding')
@@ -64,6 +73,11 @@ def test_layers_slide_where_the_config_says():
   hf = case('qwen3', tying='tied') | {'layer_types': types[::-1]}
   assert model_config(hf).layer_pattern == ('sliding', 'full')
   assert model_config(case('mixtral', tying='tied')).layer_pattern == ('sliding',)
+  hf = {k: v for k, v in case('qwen3', tying='tied').items()
+        if k not in ('layer_types', 'max_window_layers')}  # of transformers' Qwen3Config: 28
+  assert model_config(hf).layer_pattern == ('full',)
+  kinds = model_config(hf | {'num_hidden_layers': 30}).layer_kinds
+  assert kinds == ('full',) * 28 + ('sliding',) * 2
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -85,6 +99,16 @@ def test_a_checkpoint_exported_again_has_the_same_bits(tmp_path, family, dtype):
     again = HfCheckpoint(tmp_path / f'{tying}+')
     assert again.shapes == checkpoint.shapes
     assert all(again.read(leaf).tobytes() == leaves[leaf].tobytes() for leaf in leaves)
+
+
+def test_of_one_file_and_an_index_the_file_counts_as_in_transformers(tmp_path):
+  checkpoint = HfCheckpoint(hf_cases.write(tmp_path, case('llama')))
+  (tmp_path / 'model.safetensors.index.json').write_text(
+    '{"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}')
+  save_file({'model.norm.weight': np.zeros(64, np.float32)},
+            tmp_path / 'model-00001-of-00001.safetensors')
+  np.testing.assert_array_equal(
+    HfCheckpoint(tmp_path).read('final_norm.scale'), checkpoint.read('final_norm.scale'))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -155,6 +179,12 @@ BAD_CONFIGS = [
   ('olmo2', {'clip_qkv': 8.0}, 'clip_qkv=8.0'),
   ('apertus', {'post_norm': True}, 'post_norm=True'),
   ('apertus', {'rope_parameters': None}, 'neither rope_parameters nor rope_scaling'),
+  ('llama', {'hidden_size': '64'}, "hidden_size='64' of config.json is a str; int is needed"),
+  ('llama', {'architectures': 'LlamaForCausalLM'}, 'is a str; list is needed'),
+  ('llama', {'rope_parameters': ['default']}, "rope_parameters=['default'] of config.json is"),
+  ('llama', {'rope_parameters': {'rope_type': 'linear', 'factor': [2]}},
+   'rope_parameters.factor=[2] is no number'),
+  ('olmo3', {'rope_parameters': {'full_attention': 3}}, 'rope_parameters.full_attention=3'),
   ('llama', {'head_dim': None, 'num_attention_heads': 5}, 'not a multiple of num_attention_heads=5'),
 ]
 
@@ -188,10 +218,11 @@ BAD_FILES = {
     (folder / 'model.safetensors').read_bytes()[:-8]),
   'has no config.json': lambda folder: (folder / 'config.json').unlink(),
   'config.json is not valid JSON': lambda folder: (folder / 'config.json').write_text('{'),
-  'only pytorch_model.bin': lambda folder: (folder / 'model.safetensors').rename(
+  'only pytorch_model.bin, which may run code when read; convert it to safetensors': lambda folder: (folder / 'model.safetensors').rename(
     folder / 'pytorch_model.bin'),
   'lacks absent.safetensors, a shard': lambda folder: (
-    folder / 'model.safetensors.index.json').write_text('{"weight_map": {"x": "absent.safetensors"}}'),
+    (folder / 'model.safetensors').unlink(), (folder / 'model.safetensors.index.json').write_text(
+      '{"weight_map": {"x": "absent.safetensors"}}')),
 }
 
 

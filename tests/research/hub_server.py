@@ -10,12 +10,16 @@ import threading
 class Hub:
   """Serves the sub-folders of a folder as branches of the repository owner/model.
 
-  Requests are kept in `asked`. `stop` closes it: nobody answers any more.
+  Every branch is a tag as well. Requests are kept in `asked`. `refusals` are the statuses with
+  which revisions are refused, by name. `stop` closes it: nobody answers any more.
   """
 
   def __init__(self, folder: pathlib.Path):
     self.asked: list[str] = []
-    self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _handler(folder, self.asked))
+    self.stopped = False
+    self.refusals: dict[str, int] = {}
+    self.server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), _handler(folder, self.asked, self.refusals))
     threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
   @property
@@ -25,6 +29,7 @@ class Hub:
 
   def stop(self) -> None:
     """Ends it."""
+    self.stopped = True
     self.server.shutdown()
     self.server.server_close()
 
@@ -34,7 +39,7 @@ def commit(name: str) -> str:
   return hashlib.sha1(name.encode()).hexdigest()
 
 
-def _handler(folder: pathlib.Path, asked: list[str]) -> type:
+def _handler(folder: pathlib.Path, asked: list[str], refusals: dict[str, int]) -> type:
   branches = {commit(path.name): path for path in folder.iterdir()}
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -67,11 +72,12 @@ def _handler(folder: pathlib.Path, asked: list[str]) -> type:
       if path == api + 'refs':
         refs = [{'name': p.name, 'ref': f'refs/heads/{p.name}', 'targetCommit': sha}
                 for sha, p in branches.items()]
-        self.json({'branches': refs, 'tags': [], 'converts': []})
+        self.json({'branches': refs, 'tags': refs, 'converts': []})
       elif path.startswith(api + 'revision/'):
         self.revision(path.removeprefix(api + 'revision/'))
       elif path.startswith(api + 'tree/'):
-        found = branches[path.removeprefix(api + 'tree/').split('/')[0]]
+        name = path.removeprefix(api + 'tree/').split('/')[0]
+        found = branches.get(name) or branches[commit(name)]
         self.json([{'type': 'file', 'path': p.name, 'size': p.stat().st_size, 'oid': commit(str(p))}
                    for p in sorted(found.iterdir())])
       elif path.startswith(files):
@@ -82,6 +88,9 @@ def _handler(folder: pathlib.Path, asked: list[str]) -> type:
         self.missing('RepoNotFound')
 
     def revision(self, name: str) -> None:
+      if name in refusals:
+        self.reply(refusals[name], b'{}', {})
+        return
       if commit(name) not in branches:
         self.missing('RevisionNotFound')
         return

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from parallelism import sharding
 from parallelism.mesh import MeshConfig, make_mesh
 from research.data import tokenizers
 from research.dynamics.public import PublicSeries, open_tokenizer
-from research.dynamics.revisions import chosen, parse
+from research.dynamics.revisions import Folder, chosen, parse
 from research.errors import UserError
 from research.training.streaming import PIECE_BYTES, pieces, place_streamed
 from tests.models import hf_cases
@@ -174,6 +175,7 @@ def read_hub(hub: Hub, cache: pathlib.Path, *locations: str) -> list[str]:
       check=False, env={**os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(cache),
                         'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_TOKEN': ''})
   assert result.returncode == 0, result.stderr[-3000:]
+  assert ('1 revisions in the cache' in result.stderr) == hub.stopped
   return result.stdout.splitlines()
 
 
@@ -196,3 +198,27 @@ def test_a_repository_is_fetched_once_and_known_without_a_network(folder, tmp_pa
   assert unknown == ('error: owner/other is not in the cache and huggingface.co cannot be reached; '
                      'go online once')
   assert no_name.startswith("error: 'no/such/name' is neither a folder that exists nor a name like")
+
+
+def test_what_a_repository_refuses_or_has_only_pickled_is_said(folder, tmp_path):
+  served = tmp_path / 'served'
+  shutil.copytree(folder, served)
+  (served / NAMES[0] / 'model.safetensors').rename(served / NAMES[0] / 'pytorch_model.bin')
+  hub = Hub(served)
+  hub.refusals[NAMES[1]] = 403
+  refused, pickled = read_hub(
+      hub, tmp_path / 'cache', f'owner/model:{NAMES[1]}', f'owner/model:{NAMES[0]}')
+  hub.stop()
+  assert refused.startswith(
+      f'error: owner/model at revision {NAMES[1]} cannot be fetched: ') and '403' in refused
+  assert pickled == (f'error: owner/model at revision {NAMES[0]} has only pytorch_model.bin, which '
+                     'may run code when read; convert it to safetensors')
+
+
+def test_a_revision_that_lost_its_config_is_still_one(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / 'series')
+  (tmp_path / 'series' / NAMES[0] / 'config.json').unlink()
+  (tmp_path / 'series' / 'main' / 'config.json').unlink()
+  (tmp_path / 'series' / 'step5').mkdir()
+  (tmp_path / 'series' / 'notes').mkdir()
+  assert Folder(tmp_path / 'series').names() == sorted([*NAMES, 'step5'])
