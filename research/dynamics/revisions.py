@@ -117,7 +117,7 @@ class Repository:
     try:
       refs = huggingface_hub.HfApi().list_repo_refs(self.name)
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-      if _unreachable(error) and (cached := self._cached()):
+      if unreachable(error) and (cached := self._cached()):
         return cached
       raise UserError(self._sentence(error, '')) from error
     return sorted(ref.name for ref in [*refs.branches, *refs.tags])
@@ -149,12 +149,12 @@ class Repository:
     if isinstance(error, errors.RepositoryNotFoundError):  # a gated one too
       return (f'{self.name} is no public repository of huggingface.co, nor one that this account '
               'may read; check the name, or log in with `hf auth login`')
-    if _unreachable(error):
+    if unreachable(error):
       return f'{what} is not in the cache and huggingface.co cannot be reached; go online once'
     return f'{what} cannot be fetched: {error}'.splitlines()[0]
 
 
-def _unreachable(error: Exception) -> bool:
+def unreachable(error: Exception) -> bool:
   """Returns whether no answer came, or one that says that the server is down."""
   if isinstance(error, errors.HfHubHTTPError):
     return error.response.status_code >= 500
