@@ -161,7 +161,8 @@ def chosen_items(original: Original, overrides: list[tuple[str, str]], dataset: 
   """
   config, changed = original.configured(overrides)
   if 'monitors.suite' in changed or not original.run_dir.monitor_items.exists():
-    items = watch.suite_items(config)
+    items = watch.suite_items(config, tokenizers.load(original.run_dir.tokenizer_json),
+                              original.manifest['start_id'])
   else:
     items = table.read_item_table(original.run_dir.monitor_items)
   chosen = [item for item in items if item.dataset == dataset] or [
