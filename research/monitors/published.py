@@ -105,23 +105,25 @@ def read(location: str) -> Suite:
   """Returns the published suite in a folder or a dataset of the hub.
 
   Item ids are family/dataset/seed/row, rows of tests counted from 0 in the order of the file; a
-  test row that cannot be used is left out for every seed.
+  test row that cannot be used is left out for every seed. A wording is the item's variant.
 
   Raises:
     UserError: there is no such suite, a file is damaged, or a demonstration lacks a field.
   """
   root = files.find(location, [family.folder for family in FAMILIES.values()])
-  suite = Suite([], [], [])
+  suite, absent = Suite([], [], []), []
   for name, family in FAMILIES.items():
     for dataset, n_shots in family.shots.items():
       path = root / family.folder / f'{dataset}.jsonl'
       if path.is_file():
         _add(suite, path, name, dataset, n_shots)
       else:
-        suite.notes.append(f'{family.folder}/{dataset}.jsonl is not there')
+        absent.append(f'{family.folder}/{dataset}')
     known = {root / family.folder / f'{dataset}.jsonl' for dataset in family.shots}
     for path in sorted(set((root / family.folder).rglob('*.jsonl')) - known):
       suite.notes.append(f'{path.relative_to(root)} is no published dataset and is not scored')
+  if absent:
+    suite.notes.append(f'{len(absent)} published datasets are not there: {", ".join(absent)}')
   if not suite.items:
     raise UserError(f'{location} has no item that can be scored; '
                     + '; '.join(map(': '.join, suite.left_out[:3])))
@@ -132,20 +134,18 @@ def _add(suite: Suite, path: pathlib.Path, name: str, dataset: str, n_shots: int
   """Adds the items of a file."""
   family = FAMILIES[name]
   demos, tests = _split(path, family)
-  used = []
-  for i, (_, row) in enumerate(tests):
-    if wrong := _wrong(row):
-      suite.left_out.append(LeftOut(f'{name}/{dataset}/*/{i}', wrong))
-    else:
-      used.append(i)
+  wrong = [_wrong(row) for _, row in tests]
   n_seeds = N_SEEDS if demos and family.strategy != 'none' else 1
   for seed in range(n_seeds):
     prompts = list(_prompts(family, n_shots, demos, [row for _, row in tests], seed))
-    for i in used:
-      row = tests[i][1]
-      suite.items.append(MonitorItem(
-          f'{name}/{dataset}/{seed}/{i}', name, dataset, seed, str(row.get('template', VARIANT)),
-          prompts[i], ' ' + row['correct_answer'], ' ' + row['incorrect_answer']))
+    for i, (_, row) in enumerate(tests):
+      item_id = f'{name}/{dataset}/{seed}/{i}'
+      if wrong[i]:
+        suite.left_out.append(LeftOut(item_id, wrong[i]))
+      else:
+        suite.items.append(MonitorItem(
+            item_id, name, dataset, seed, str(row.get('template', VARIANT)), prompts[i],
+            ' ' + row['correct_answer'], ' ' + row['incorrect_answer']))
     n_shown = len(_drawn(family, n_shots, _demo_set(demos, seed), random.Random(seed)))
     if n_shown < n_shots:
       suite.notes.append(f'{name}/{dataset}/{seed} shows {n_shown} demonstrations, {n_shots} in '

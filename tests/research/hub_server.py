@@ -8,14 +8,15 @@ import threading
 
 
 class Hub:
-  """Serves the sub-folders of a folder as branches of the repository owner/model.
+  """Serves the sub-folders of a folder as branches of the repository owner/model, or owner/dataset.
 
   Requests are kept in `asked`. `stop` closes it: nobody answers any more.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, kind: str = 'model'):
     self.asked: list[str] = []
-    self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _handler(folder, self.asked))
+    self.server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), _handler(folder, self.asked, kind))
     threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
   @property
@@ -34,7 +35,7 @@ def commit(name: str) -> str:
   return hashlib.sha1(name.encode()).hexdigest()
 
 
-def _handler(folder: pathlib.Path, asked: list[str]) -> type:
+def _handler(folder: pathlib.Path, asked: list[str], kind: str) -> type:
   branches = {commit(path.name): path for path in folder.iterdir()}
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -63,7 +64,8 @@ def _handler(folder: pathlib.Path, asked: list[str]) -> type:
     def do_GET(self):
       path = self.path.split('?')[0]
       asked.append(f'{self.command} {path}')
-      api, files = '/api/models/owner/model/', '/owner/model/resolve/'
+      api, files = f'/api/{kind}s/owner/{kind}/', f'/owner/{kind}/resolve/'
+      path = path.removeprefix('/datasets') if kind == 'dataset' else path
       if path == api + 'refs':
         refs = [{'name': p.name, 'ref': f'refs/heads/{p.name}', 'targetCommit': sha}
                 for sha, p in branches.items()]
@@ -72,8 +74,8 @@ def _handler(folder: pathlib.Path, asked: list[str]) -> type:
         self.revision(path.removeprefix(api + 'revision/'))
       elif path.startswith(api + 'tree/'):
         found = branches[path.removeprefix(api + 'tree/').split('/')[0]]
-        self.json([{'type': 'file', 'path': p.name, 'size': p.stat().st_size, 'oid': commit(str(p))}
-                   for p in sorted(found.iterdir())])
+        self.json([{'type': 'file', 'path': str(p.relative_to(found)), 'size': p.stat().st_size,
+                    'oid': commit(str(p))} for p in sorted(found.rglob('*')) if p.is_file()])
       elif path.startswith(files):
         sha, name = path.removeprefix(files).split('/', 1)
         self.reply(200, (branches[sha] / name).read_bytes(), {
@@ -85,7 +87,7 @@ def _handler(folder: pathlib.Path, asked: list[str]) -> type:
       if commit(name) not in branches:
         self.missing('RevisionNotFound')
         return
-      self.json({'id': 'owner/model', '_id': '1', 'sha': commit(name), 'siblings': [],
+      self.json({'id': f'owner/{kind}', '_id': '1', 'sha': commit(name), 'siblings': [],
                  'private': False, 'tags': [], 'downloads': 0, 'likes': 0})
 
   return Handler
