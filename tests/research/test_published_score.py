@@ -9,6 +9,8 @@ import tokenizers as hf
 
 from models import transformer
 from models.config import ModelConfig
+from parallelism.mesh import make_mesh
+from research import build as build_lib
 from research.data import tokenizers
 from research.errors import UserError
 from research.evals import persona
@@ -19,15 +21,14 @@ from research.monitors.published_score import (
     PublishedScorer, compare, compare_stored, encode_published)
 from research.monitors.scoring import Scorer, Scores
 from research.monitors.watch import rescore
-from research import build as build_lib
 from research.run_dir import RunDir
 from research.training.loop import train
-from parallelism.mesh import make_mesh
 from tests.research import published_folder as made
 from tests.research.conftest import short_config
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 BYTES = tokenizers.byte_tokenizer()
-TINY = dict(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32)
+TINY = dict(n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32)
 # Several tokens, digits that some tokenizers split from their space, and boundaries that merge.
 PAIRS = [
     ('Review: a smile on your face\nSentiment:', 'Positive', 'Negative'),
@@ -38,11 +39,9 @@ PAIRS = [
 
 
 def items() -> list[MonitorItem]:
-  """Returns the pairs, each after a shorter and a longer context."""
-  return [
-      MonitorItem(f'{seed}/{i}', 'f', 'd', seed, 'v', 'Some context, then: ' * seed + prompt,
-                  ' ' + good, ' ' + short)
-      for seed in (0, 3) for i, (prompt, good, short) in enumerate(PAIRS)]
+  """Returns the pairs, all of one context, so that they share a prefix."""
+  return [MonitorItem(str(i), 'f', 'd', 0, 'v', 'Some context, then: ' + prompt, ' ' + good,
+                      ' ' + short) for i, (prompt, good, short) in enumerate(PAIRS)]
 
 
 def reference(suite, raw: hf.Tokenizer, forward, start_id) -> tuple[np.ndarray, np.ndarray]:
@@ -57,10 +56,10 @@ def reference(suite, raw: hf.Tokenizer, forward, start_id) -> tuple[np.ndarray, 
         ids, start = [start_id, *ids], start + 1
       row_1L = np.zeros((1, 96), np.int32)
       row_1L[0, :len(ids)] = ids
-      logits_LV = np.asarray(forward(row_1L), np.float64)[0]
+      logits_LV = np.asarray(forward(row_1L))[0, start - 1:len(ids) - 1].astype(np.float64)
       p_LV = np.exp(logits_LV - logits_LV.max(-1, keepdims=True))
       p_LV /= p_LV.sum(-1, keepdims=True)
-      means.append(np.mean([p_LV[t - 1, ids[t]] for t in range(start, len(ids))]))
+      means.append(np.mean([p_LV[t, token] for t, token in enumerate(ids[start:])]))
       starts.append(start)
   return np.reshape(means, (-1, 2)), np.reshape(starts, (-1, 2))
 
@@ -80,31 +79,34 @@ def check_scores(tokenizer, start_id) -> list:
   graphdef, params, forward = tiny(tokenizer.vocab_size)
   raw = hf.Tokenizer.from_str(tokenizer.backend.to_str())
   expected, starts = reference(items(), raw, forward, start_id)
-  scorer = PublishedScorer(items(), tokenizer, graphdef, context_length=96, batch_rows=5,
+  scorer = PublishedScorer(items(), tokenizer, graphdef, context_length=96, batch_rows=32,
                            start_id=start_id)
   got = np.stack(scorer.score(params), axis=1)
-  assert got.dtype == np.float32 and np.ptp(expected) > 1e-3
-  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+  assert got.dtype == np.float32 and np.std(np.log(expected)) > 0.2
+  np.testing.assert_allclose(got, expected, rtol=1e-5)  # relative: means of 1e-5 are common here
   assert [list(e.starts) for e in scorer.encoded] == starts.tolist()
   return scorer.encoded
 
 
-@pytest.mark.parametrize('start_id', [None, BYTES.bos_id])
-def test_scores_are_those_of_the_rule_on_bytes(start_id):
-  encoded = check_scores(BYTES, start_id)
+def test_scores_are_those_of_the_rule_on_bytes():
+  encoded = check_scores(BYTES, BYTES.bos_id)
   assert all(e.differs for e in encoded)  # a space is a byte of its own, and not scored
   assert all(e.own_starts[0] == e.n_prompt for e in encoded)
 
 
-@pytest.mark.parametrize('name', ['gpt_neox_20B_tokenizer', 'allenai_dolma2'])
-def test_scores_are_those_of_the_rule_on_a_published_tokenizer(shared_data, name):
-  tokenizer = tokenizers.load(shared_data / f'tokenizers/{name}.json')
+def test_scores_are_those_of_the_rule_on_a_published_tokenizer(shared_data):
+  tokenizer = tokenizers.load(shared_data / 'tokenizers/gpt_neox_20B_tokenizer.json')
   encoded = check_scores(tokenizer, None)
-  flags = {item.item_id: e.differs for item, e in zip(items(), encoded, strict=True)}
-  assert not flags['0/0'] and not flags['3/0']  # ' Positive' is one token
-  assert any(e.straddles for e in encoded) and 0 < sum(flags.values()) < len(flags)
-  if name == 'allenai_dolma2':  # ' 8' is two tokens there
-    assert flags['0/1']
+  assert not encoded[0].differs  # ' Positive' is one token
+  assert any(e.straddles for e in encoded) and any(e.differs for e in encoded)
+
+
+def test_a_space_that_is_a_token_of_its_own_is_not_scored(shared_data):
+  tokenizer = tokenizers.load(shared_data / 'tokenizers/allenai_dolma2.json')
+  word, digit = (encode_published(item, tokenizer) for item in items()[:2])
+  assert not word.differs and digit.differs
+  texts = zip((digit.generalizing, digit.shortcut), digit.starts, strict=True)
+  assert [tokenizer.decode(text[start:]) for text, start in texts] == ['8', '4']
 
 
 def test_a_boundary_with_nothing_after_it_is_refused():
@@ -134,7 +136,7 @@ def run(tmp_path_factory, quick_compilation) -> RunDir:
   return run_dir
 
 
-def test_a_run_keeps_both_scores_of_a_folder(run, capfd):
+def test_a_run_keeps_both_scores_of_a_folder(run):
   items_scored = table.read_item_table(run.monitor_items)
   # Flipped prompts are longer than the context of 64 words.
   assert len(items_scored) == 27 and {item.family for item in items_scored} == {
@@ -151,11 +153,12 @@ def test_a_run_keeps_both_scores_of_a_folder(run, capfd):
     np.testing.assert_allclose(short, np.exp(joint.logp_shortcut), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_stored_snapshots_are_scored_again_by_both_rules(run):
   path = run.published_scores / table.scores_name(2)
   before = path.read_bytes()
   path.unlink()
-  config = short_config(**json.loads('{"n_steps": "2"}'))
+  config = short_config(n_steps='2')
   manifest = json.loads(run.manifest_json.read_text())
   built = build_lib.build(config, make_mesh(config.mesh), manifest['numerics'])
   tokenizer = tokenizers.load(run.tokenizer_json)
@@ -173,12 +176,12 @@ def test_persona_answers_are_sampled_and_matched(run):
   results = persona.ask(location, run, **settings)
   questions, _ = persona.read(location)
   assert len(results) == len(questions) == 8 and 'of 8 questions are asked, 4 times' in said[0]
-  for question, result in zip(questions, results, strict=True):
-    texts = [s.text for s in sample_run(run, [question.prompt], n_samples=4, max_tokens=6)]
-    n_right = sum(any(c in 'abcdefghijklm' for c in text.split('\nQ:')[0].lower())
-                  for text in texts)
+  drawn = sample_run(run, [q.prompt for q in questions], n_samples=4, max_tokens=6)
+  right = [any(c in 'abcdefghijklm' for c in s.text.split('\nQ:')[0].lower()) for s in drawn]
+  for i, (question, result) in enumerate(zip(questions, results, strict=True)):
+    assert result.question_id == question.question_id and result.n_samples == 4
     if question.question_id == 'few':
-      assert result.n_matches == n_right
+      assert result.n_matches == sum(right[4 * i:4 * i + 4])
   assert 0 < sum(r.n_matches for r in results if r.question_id == 'few') < 16
   said.clear()
   assert persona.ask(location, run, **settings) == results and len(said) == 1  # all known already
