@@ -126,12 +126,16 @@ def test_both_scores_of_a_dataset():
   np.testing.assert_allclose(second[4:], (0.0, 0.0, 0.0, -1.0), atol=1e-7)  # a tie is wrong
 
 
+WATCHED = ('flipped_answer/imdb', 'repetitive_answer/letter_counting', 'intuitive_answer/crt')
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory, quick_compilation) -> RunDir:
   """A short run that watches the suite of a folder."""
   root = tmp_path_factory.mktemp('published')
-  run_dir = RunDir(root / 'run')
-  train(short_config(**{'monitors.suite': str(made.write(root / 'suite')), 'n_steps': '2',
+  run_dir, rows = RunDir(root / 'run'), made.files()
+  made.write(root / 'suite', {name: rows[name] for name in WATCHED})
+  train(short_config(**{'monitors.suite': str(root / 'suite'), 'n_steps': '2',
                         'checkpoints.every': '2', 'checkpoints.snapshot_every': '2'}), run_dir)
   return run_dir
 
@@ -139,13 +143,13 @@ def run(tmp_path_factory, quick_compilation) -> RunDir:
 def test_a_run_keeps_both_scores_of_a_folder(run):
   items_scored = table.read_item_table(run.monitor_items)
   # Flipped prompts are longer than the context of 64 words.
-  assert len(items_scored) == 27 and {item.family for item in items_scored} == {
-      'repetitive', 'successive', 'truthy', 'intuitive'}
+  assert len(items_scored) == 14
+  assert {item.family for item in items_scored} == {'repetitive', 'intuitive'}
   for step in (0, 2):
     name = table.scores_name(step)
     found, rows = compare_stored(items_scored, run.monitor_scores / name,
                                  run.published_scores / name)
-    assert found == step and [row.n_items for row in rows] == [12, 1, 8, 4, 2]
+    assert found == step and [row.n_items for row in rows] == [12, 2]
     _, joint = table.read_scores(run.monitor_scores / name)
     _, good, short, differs = table.read_published(run.published_scores / name)
     assert not differs.any()  # answers are single words here: the two rules agree
