@@ -17,7 +17,7 @@ from launchers import flags as shared
 from research.errors import UserError
 from research.evals import persona
 from research.monitors import table
-from research.monitors.published_score import compare_stored
+from research.monitors.published_score import METRIC, compare_stored
 from research.run_dir import RunDir
 
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'directory of a run')
@@ -46,7 +46,8 @@ def main() -> None:
   name = table.scores_name(steps[-1] if STEP.value == -1 else STEP.value)
   step, rows = compare_stored(table.read_item_table(run_dir.monitor_items),
                               run_dir.monitor_scores / name, run_dir.published_scores / name)
-  print(f'step {step}: accuracy and margin, joint | published, items whose tokens differ')
+  print(f'step {step}: accuracy and margin, joint_log_probability | {METRIC}, '
+        'items whose tokens differ')
   for row in rows:
     print(f'{row.family}/{row.dataset}: {row.joint_accuracy:.3f} {row.joint_margin:+.4f} | '
           f'{row.published_accuracy:.3f} {row.published_margin:+.4f} | '

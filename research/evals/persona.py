@@ -141,7 +141,8 @@ def _wrong(row: Any) -> str:
   try:
     re.compile(row['expected_answer_regex'])
   except re.error as error:
-    return f'expected_answer_regex={row["expected_answer_regex"]!r} is no regular expression: {error}'
+    return (f'expected_answer_regex={row["expected_answer_regex"]!r} is no regular expression: '
+            f'{error}')
   return ''
 
 

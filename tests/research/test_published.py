@@ -77,7 +77,8 @@ def test_bad_test_rows_are_listed_and_change_no_other_prompt(tmp_path):
   rows['repetitive_answer/letter_counting'] = good + bad
   suite = published.read(str(made.write(tmp_path / 'suite', rows)))
   assert [out for out in suite.left_out if '/1/' in out.item_id] == [
-      ('repetitive/letter_counting/1/3', 'has no field correct_answer and no field incorrect_answer'),
+      ('repetitive/letter_counting/1/3',
+       'has no field correct_answer and no field incorrect_answer'),
       ('repetitive/letter_counting/1/4', "both answers are '1'"),
       ('repetitive/letter_counting/1/5', 'correct_answer is empty'),
       ('repetitive/letter_counting/1/6', 'correct_answer=3 is not text')]
@@ -145,7 +146,7 @@ def test_bad_files_and_folders(tmp_path):
     with pytest.raises(UserError, match=f"'{name}' is neither a folder that exists nor a dataset"):
       published.read(name)
   rows = {'intuitive_answer/crt': [made.ask('3 =', '7', '7')]}
-  with pytest.raises(UserError, match="no item that can be scored; intuitive/crt/0/0: both answers"):
+  with pytest.raises(UserError, match="no item that can be scored; intuitive/crt/0/0: both"):
     published.read(str(made.write(tmp_path / 'none', rows)))
 
 

@@ -1,4 +1,4 @@
-"""The published score. Witness: its rule spelled out, one text at a time, softmax in NumPy float64."""
+"""The published score. Witness: its rule spelled out, text by text, softmax in NumPy float64."""
 
 import json
 
