@@ -28,7 +28,8 @@ class MonitorConfig:
 
   KIND: ClassVar[str] = 'placement'
 
-  suite: A[str, "'microworld', 'none', or the path of an item file (.jsonl or .parquet)"] = 'none'
+  suite: A[str, "'microworld', 'none', the path of an item file (.jsonl or .parquet), or the "
+           'published suite: a folder or owner/dataset of the hub'] = 'none'
   batch_rows: A[int, 'rows scored at a time, at most'] = 256
 
 

@@ -39,6 +39,8 @@ class RunDir:
     self.monitors = self.path / 'monitors'
     self.monitor_items = self.monitors / 'items.parquet'
     self.monitor_scores = self.monitors / 'scores'
+    self.published_scores = self.monitors / 'published_scores'
+    self.persona_jsonl = self.path / 'persona.jsonl'
     self.report_html = self.path / 'report.html'
     self.figures = self.path / 'figures'
     self.verified_jsonl = self.path / 'verified.jsonl'

@@ -17,6 +17,8 @@ from research.training.stored import DamagedError
 
 Bound = Callable[[int, int, float], float]
 
+MOST_SWAPPED = 32  # tensors that jump at one step, so that pairs of them are looked at
+
 
 def audit_series(series: Series, bound: Bound | None = None, reach: Reach | None = None,
                  progress: Callable[[str, int, int], None] | None = None
@@ -74,6 +76,8 @@ def _swapped(series: Series, findings: Sequence[Finding]) -> list[Finding]:
       jumps[finding.step].append(finding)
   found = []
   for step, jumped in jumps.items():
+    if len(jumped) > MOST_SWAPPED:
+      continue  # The whole moved; comparing every pair would read it hundreds of times.
     i = series.steps.index(step)
     near = series.steps[i - 1] if i else series.steps[1]
     for a, b in itertools.combinations(jumped, 2):

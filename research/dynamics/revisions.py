@@ -149,7 +149,7 @@ class Repository:
     try:
       refs = huggingface_hub.HfApi().list_repo_refs(self.name)
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-      if _unreachable(error) and (cached := self._cached()):
+      if unreachable(error) and (cached := self._cached()):
         logging.warning('huggingface.co cannot be reached: of %s there are the %d revisions in the '
                         'cache', self.name, len(cached))
         return cached
@@ -195,7 +195,7 @@ class Repository:
     if isinstance(error, errors.RepositoryNotFoundError):  # a gated one too
       return (f'{self.name} is no public repository of huggingface.co, nor one that this account '
               'may read; check the name, or log in with `hf auth login`')
-    if _unreachable(error):
+    if unreachable(error):
       return f'{what} is not in the cache and huggingface.co cannot be reached; go online once'
     return f'{what} cannot be fetched: {_answer(error) or error}'.splitlines()[0]
 
@@ -207,7 +207,7 @@ def _answer(error: Exception) -> errors.HfHubHTTPError | None:
   return error
 
 
-def _unreachable(error: Exception) -> bool:
+def unreachable(error: Exception) -> bool:
   """Returns whether no answer came, or one that says that the server is down."""
   if answer := _answer(error):
     return answer.response.status_code >= 500

@@ -75,7 +75,7 @@ def sample_run(
   if not run_dir.manifest_json.exists():
     raise UserError(f'--run_dir={run_dir.whole} is not the directory of a run: it has no '
                     'manifest.json')
-  step = _chosen_step(run_dir, step)
+  step = chosen_step(run_dir, step)
   config = config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8'))
   manifest = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))
   tokenizer = tokenizers.load(run_dir.tokenizer_json)
@@ -131,7 +131,8 @@ def _batches(
     yield rows, make_prompts([encoded[p] for p, _ in whole], numbers)
 
 
-def _chosen_step(run_dir: RunDir, step: int) -> int:
+def chosen_step(run_dir: RunDir, step: int) -> int:
+  """Returns the step, of the newest snapshot for -1; raises UserError where there is none."""
   steps = SnapshotReader(run_dir.snapshots).steps
   if not steps:
     raise UserError(f'{run_dir.snapshots} has no snapshot; train with '

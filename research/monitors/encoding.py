@@ -37,9 +37,15 @@ class EncodedItem:
     return self.generalizing[:self.n_prompt]
 
   @property
+  def starts(self) -> tuple[int, int]:
+    """Where the scored tokens of either text begin; not before `n_prompt`."""
+    return self.n_prompt, self.n_prompt
+
+  @property
   def is_single(self) -> bool:
     """Whether each answer is one token, so that one row scores both."""
-    return len(self.generalizing) == len(self.shortcut) == self.n_prompt + 1
+    return (len(self.generalizing) == len(self.shortcut) == self.n_prompt + 1
+            and self.starts == (self.n_prompt, self.n_prompt))
 
 
 def encode_item(item: MonitorItem, tokenizer: Tokenizer, start_id: int | None = None
@@ -65,7 +71,7 @@ def encode_item(item: MonitorItem, tokenizer: Tokenizer, start_id: int | None = 
     n_inside = sum(1 for _ in itertools.takewhile(lambda offset: offset[1] <= end, offsets))
     texts.append((tuple(ids), n_inside))
   (good, good_inside), (short, short_inside) = texts
-  n_prompt = min(_n_common(good, short), good_inside, short_inside)
+  n_prompt = min(common_length(good, short), good_inside, short_inside)
   if n_prompt in (len(good), len(short)):
     raise UserError(f'monitor item {item.item_id!r}: an answer adds no token to its prompt')
   straddles = tuple(tokenizer.encode(item.prompt)) != good[:n_prompt]
@@ -76,7 +82,7 @@ def encode_item(item: MonitorItem, tokenizer: Tokenizer, start_id: int | None = 
   return EncodedItem(start + good, start + short, len(start) + n_prompt, straddles)
 
 
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
   """Returns the length of the longest common beginning."""
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
@@ -87,11 +93,21 @@ def encode_items(items: Sequence[MonitorItem], tokenizer: Tokenizer, context_len
   check_items(items)
   encoded = [encode_item(item, tokenizer, start_id) for item in items]
   for item, tokens in zip(items, encoded, strict=True):
-    n_tokens = max(len(tokens.generalizing), len(tokens.shortcut)) - 1
-    if n_tokens > context_length:
-      raise UserError(f'monitor item {item.item_id!r} needs {n_tokens} tokens of context; '
-                      f'model.context_length={context_length}')
+    check_length(item, tokens, context_length)
   return encoded
+
+
+def n_context(tokens: EncodedItem) -> int:
+  """Returns how many tokens a model must see to score both texts."""
+  return max(len(tokens.generalizing), len(tokens.shortcut)) - 1
+
+
+def check_length(item: MonitorItem, tokens: EncodedItem, context_length: int) -> None:
+  """Raises UserError for an item that is longer than the context."""
+  n_tokens = n_context(tokens)
+  if n_tokens > context_length:
+    raise UserError(f'monitor item {item.item_id!r} needs {n_tokens} tokens of context; '
+                    f'model.context_length={context_length}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +127,13 @@ class Row:
 
 def _rows(i: int, item: EncodedItem) -> list[Row]:
   """Returns the row or rows that score item i."""
-  last = item.n_prompt - 1
   if item.is_single:
     targets = ((item.generalizing[-1], item.shortcut[-1]),)
-    return [Row(item.prompt, last, targets, (2 * i, 2 * i + 1))]
+    return [Row(item.prompt, item.n_prompt - 1, targets, (2 * i, 2 * i + 1))]
+  texts = zip((item.generalizing, item.shortcut), item.starts, strict=True)
   return [
-      Row(text[:-1], last, tuple((token,) for token in text[item.n_prompt:]), (2 * i + answer,))
-      for answer, text in enumerate((item.generalizing, item.shortcut))]
+      Row(text[:-1], start - 1, tuple((token,) for token in text[start:]), (2 * i + answer,))
+      for answer, (text, start) in enumerate(texts)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +158,7 @@ def _groups(items: Sequence[MonitorItem], encoded: Sequence[EncodedItem]) -> lis
   for members in contexts.values():
     rows = [row for i in members for row in _rows(i, encoded[i])]
     first = encoded[members[0]].prompt
-    n_shared = min(min(_n_common(first, encoded[i].prompt), encoded[i].n_prompt - 1)
+    n_shared = min(min(common_length(first, encoded[i].prompt), encoded[i].n_prompt - 1)
                    for i in members)
     if len(rows) == 1 or n_shared < SHORTEST_PREFIX:
       groups += [_Group((), [row]) for row in rows]

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 
 from research.errors import UserError
 
+ITEM_SUFFIXES = ('.jsonl', '.parquet')
+
 
 @dataclasses.dataclass(frozen=True)
 class MonitorItem:
@@ -133,6 +135,6 @@ def _item(row: dict, where: str) -> MonitorItem:
 
 
 def _suffix(path: pathlib.Path) -> str:
-  if path.suffix not in ('.jsonl', '.parquet'):
+  if path.suffix not in ITEM_SUFFIXES:
     raise UserError(f'item file {path} must end in .jsonl or .parquet')
   return path.suffix

@@ -14,6 +14,7 @@ from research.monitors.encoding import Bucket, EncodedItem, encode_items, make_b
 from research.monitors.items import MonitorItem
 
 Constrain = Callable[[jax.Array, tuple[Optional[str], ...]], jax.Array]
+Reduce = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Scores(NamedTuple):
@@ -62,7 +63,7 @@ class Scorer:
     Raises UserError when an item doesn't fit into the context or is ill-formed.
     """
     self.items = tuple(items)
-    self.encoded: list[EncodedItem] = encode_items(items, tokenizer, context_length, start_id)
+    self.encoded: list[EncodedItem] = self.encode(items, tokenizer, context_length, start_id)
     self.buckets: list[Bucket] = make_buckets(
         items, self.encoded, context_length=context_length, batch_rows=batch_rows,
         row_multiple=row_multiple)
@@ -74,36 +75,49 @@ class Scorer:
     # where the sum of every slot stands among the flattened outputs of all buckets
     self._order = np.empty(2 * len(self.items), np.int32)
     self._order[slots[slots >= 0]] = np.flatnonzero(slots >= 0)
-    self._score = jax.jit(_scorer(graphdef, constrain))
+    self._score = jax.jit(_scorer(graphdef, constrain, self.reduce))
+
+  encode = staticmethod(encode_items)
+
+  @staticmethod
+  def reduce(logps_BTR: jax.Array, counts_BT: jax.Array) -> jax.Array:
+    """Returns what is made of the log-probabilities that count, [B, R]: their sum."""
+    return jnp.sum(jnp.where(counts_BT[:, :, None], logps_BTR, 0.0), axis=1)
 
   def score(self, params: Any) -> Scores:
     """Returns the scores under `params` (a nested dict of arrays, sharded or not).
 
     The same parameters give the same bits at every call.
     """
-    logps = np.asarray(self._score(params, self._chunks, self._order))
-    return Scores(np.ascontiguousarray(logps[0::2]), np.ascontiguousarray(logps[1::2]))
+    return Scores(*self._both(params))
+
+  def _both(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `reduce` makes of the generalizing and of the shortcut answers."""
+    values = np.asarray(self._score(params, self._chunks, self._order))
+    return np.ascontiguousarray(values[0::2]), np.ascontiguousarray(values[1::2])
 
 
-def _scorer(graphdef: nnx.GraphDef, constrain: Constrain) -> Callable:
-  """Returns f(params, chunks of all buckets, order) -> log-probabilities in slot order."""
+def _scorer(graphdef: nnx.GraphDef, constrain: Constrain, reduce: Reduce) -> Callable:
+  """Returns f(params, chunks of all buckets, order) -> reduced log-probabilities in slot order."""
 
   def score(params: Any, buckets: list[_Chunk], order: jax.Array) -> jax.Array:
     model = transformer.apply(graphdef, params)
     sums = []
     for bucket in buckets:
       if bucket.tokens_BS.shape[0] == 1:
-        sums.append(_chunk_sums(model, constrain, jax.tree.map(lambda x: x[0], bucket)).ravel())
+        chunk = jax.tree.map(lambda x: x[0], bucket)
+        sums.append(_chunk_sums(model, constrain, reduce, chunk).ravel())
       else:
-        chunk_sums = lambda chunk: _chunk_sums(model, constrain, chunk)
+        chunk_sums = lambda chunk: _chunk_sums(model, constrain, reduce, chunk)
         sums.append(jax.lax.map(chunk_sums, bucket).ravel())
     return constrain(jnp.concatenate(sums)[order], (None,))
 
   return score
 
 
-def _chunk_sums(model: transformer.Transformer, constrain: Constrain, chunk: _Chunk) -> jax.Array:
-  """Returns summed log-probabilities [B, R] of one chunk.
+def _chunk_sums(model: transformer.Transformer, constrain: Constrain, reduce: Reduce,
+                chunk: _Chunk) -> jax.Array:
+  """Returns the reduced (summed) log-probabilities [B, R] of one chunk.
 
   Hidden states are gathered where answers are read before they meet the vocabulary.
   """
@@ -118,4 +132,4 @@ def _chunk_sums(model: transformer.Transformer, constrain: Constrain, chunk: _Ch
   logits_BTV = model.logits(hidden_BTD)
   target_logits_BTR = jnp.take_along_axis(logits_BTV, chunk.targets_BTR, axis=-1)
   logps_BTR = target_logits_BTR - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
-  return jnp.sum(jnp.where(chunk.counts_BT[:, :, None], logps_BTR, 0.0), axis=1)
+  return reduce(logps_BTR, chunk.counts_BT)

@@ -23,6 +23,10 @@ SCORE_SCHEMA = pa.schema([
     ('step', pa.int64()), ('item', pa.int32()), ('logp_generalizing', pa.float32()),
     ('logp_shortcut', pa.float32())])
 
+PUBLISHED_SCHEMA = pa.schema([
+    ('step', pa.int64()), ('item', pa.int32()), ('p_generalizing', pa.float32()),
+    ('p_shortcut', pa.float32()), ('boundaries_differ', pa.bool_())])
+
 
 def scores_name(step: int) -> str:
   """Returns the file name of one checkpoint's scores; names sort by step."""
@@ -62,13 +66,48 @@ def read_scores(path: pathlib.Path) -> tuple[int, Scores]:
 
   Raises UserError when the file is damaged or does not score items 0, 1, 2... of one step.
   """
-  table = _read(path, SCORE_SCHEMA)
+  table, step = _read_step(path, SCORE_SCHEMA)
+  return step, Scores(
+      table['logp_generalizing'].to_numpy(), table['logp_shortcut'].to_numpy())
+
+
+def _read_step(path: pathlib.Path, schema: pa.Schema) -> tuple[pa.Table, int]:
+  """Returns the table of one step that scores every item in order, and the step."""
+  table = _read(path, schema)
   steps = table['step'].unique().to_pylist()
   if len(steps) != 1 or not np.array_equal(table['item'].to_numpy(), np.arange(table.num_rows)):
     raise UserError(f'{path} must score every item of one step in order; it has steps {steps} and '
                     f'{table.num_rows} rows')
-  return steps[0], Scores(
-      table['logp_generalizing'].to_numpy(), table['logp_shortcut'].to_numpy())
+  return table, steps[0]
+
+
+def write_published(folder: pathlib.Path, step: int, p_generalizing: np.ndarray,
+                    p_shortcut: np.ndarray, differs: np.ndarray) -> pathlib.Path:
+  """Writes the published score of one checkpoint whole or not at all; returns the file.
+
+  Args:
+    folder: where.
+    step: of the checkpoint.
+    p_generalizing, p_shortcut: mean probability of each answer's tokens by item, float32.
+    differs: by item, whether exact boundaries score other tokens than the published rule.
+  """
+  path = folder / scores_name(step)
+  n_items = len(differs)
+  _write_whole(pa.table({
+      'step': np.full(n_items, step, np.int64), 'item': np.arange(n_items, dtype=np.int32),
+      'p_generalizing': p_generalizing, 'p_shortcut': p_shortcut, 'boundaries_differ': differs},
+      schema=PUBLISHED_SCHEMA), path)
+  return path
+
+
+def read_published(path: pathlib.Path) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+  """Returns (step, p_generalizing, p_shortcut, differs) of one file, in the order of the items.
+
+  Raises UserError when the file is damaged or does not score items 0, 1, 2... of one step.
+  """
+  table, step = _read_step(path, PUBLISHED_SCHEMA)
+  names = ('p_generalizing', 'p_shortcut', 'boundaries_differ')
+  return step, *(table[name].to_numpy() for name in names)
 
 
 def score_steps(folder: pathlib.Path) -> list[int]:

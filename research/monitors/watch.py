@@ -10,33 +10,44 @@ from research.build import Build
 from research.config import ExperimentConfig
 from research.data.tokenizers import Tokenizer
 from research.dynamics.swings import after_first_rise, find_swings
-from research.monitors import table
-from research.monitors.items import MonitorItem, read_items
+from research.monitors import published, table
+from research.monitors.items import ITEM_SUFFIXES, MonitorItem, check_items, read_items
 from research.monitors.microworld_items import microworld_items
+from research.monitors.published_score import PublishedScorer
 from research.monitors.scoring import Scorer, Scores
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader, cast
 from research.training.divisions import replicas
 
 
-def suite_items(config: ExperimentConfig) -> list[MonitorItem]:
-  """Returns the items that monitors.suite names; raises UserError if the file is bad."""
+def suite_items(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None
+                ) -> list[MonitorItem]:
+  """Returns the items that monitors.suite names; raises UserError if the file is bad.
+
+  Of the published suite those that the model can score; what is left out is printed.
+  """
   if config.monitors.suite == 'none':
     return []
   if config.monitors.suite == 'microworld':
     return microworld_items(config.data.microworld, config.data.sequence_length)
-  return read_items(config.monitors.suite)
+  if pathlib.Path(config.monitors.suite).suffix in ITEM_SUFFIXES:
+    return read_items(config.monitors.suite)
+  suite = published.scorable(published.read(config.monitors.suite), tokenizer,
+                             config.model.context_length, start_id)
+  print(*published.described(suite), sep='\n', flush=True)
+  check_items(suite.items)
+  return suite.items
 
 
 def make_scorer(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None, built: Build,
-                items: list[MonitorItem]) -> Scorer:
-  """Returns the scorer of `items` for the model of a build, rows spread over its data axes.
+                items: list[MonitorItem], kind: type[Scorer] = Scorer) -> Scorer:
+  """Returns a scorer of `items` for the model of a build, rows spread over its data axes.
 
   `start_id` is the token that stood before every document in training, None where none did.
   """
-  return Scorer(items, tokenizer, built.graphdef, context_length=config.model.context_length,
-                batch_rows=config.monitors.batch_rows, row_multiple=replicas(built.mesh.shape),
-                start_id=start_id, constrain=built.constrain)
+  return kind(items, tokenizer, built.graphdef, context_length=config.model.context_length,
+              batch_rows=config.monitors.batch_rows, row_multiple=replicas(built.mesh.shape),
+              start_id=start_id, constrain=built.constrain)
 
 
 def score_snapshot(scorer: Scorer, built: Build, stored: Any) -> Scores:
@@ -68,10 +79,12 @@ class Watch:
     for step in table.score_steps(self._folder):
       if step > kept:
         scored_path(run_dir, step).unlink()
-    self._scorer = None
+    self._scorer, self._published = None, None
     if not items:
       return
     self._scorer = make_scorer(config, tokenizer, start_id, built, items)
+    if published.is_published(items):
+      self._published = PublishedWriter(config, tokenizer, start_id, built, items, run_dir)
     if run_dir.monitor_items.exists() and table.read_item_table(run_dir.monitor_items) != items:
       aside = run_dir.monitors.with_name(f'monitors-until-{max(kept, 0):08d}')
       print(f'the monitor items have changed: earlier scores are kept in {aside}', flush=True)
@@ -91,6 +104,8 @@ class Watch:
     if not self._scorer:
       return {}
     scores = score_snapshot(self._scorer, self._built, stored)
+    if self._published:  # first: a step counts as scored when the joint scores stand
+      self._published.write(step, stored)
     table.write_scores(self._folder, step, scores)
     return table.dataset_accuracy(self._remember(step, scores))
 
@@ -111,9 +126,25 @@ class Watch:
     return rows
 
 
+class PublishedWriter:
+  """Keeps the published suite's own score beside the joint log-probabilities."""
+
+  def __init__(self, config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None,
+               built: Build, items: list[MonitorItem], run_dir: RunDir):
+    self._scorer = make_scorer(config, tokenizer, start_id, built, items, PublishedScorer)
+    self._built, self._folder = built, run_dir.published_scores
+
+  def write(self, step: int, stored: Any) -> None:
+    """Writes the published scores of a snapshot's values."""
+    scores = score_snapshot(self._scorer, self._built, stored)
+    table.write_published(self._folder, step, *scores, self._scorer.differs)
+
+
 def rescore(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None, built: Build,
             run_dir: RunDir, steps: list[int]):
   """Yields (step, scores) of stored snapshots, computed as in training.
+
+  Of the published suite, writes that score of a snapshot too where it is not there.
 
   Args:
     config: the run's config.
@@ -125,9 +156,15 @@ def rescore(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None
   """
   items = table.read_item_table(run_dir.monitor_items)
   scorer = make_scorer(config, tokenizer, start_id, built, items)
+  writer = None
+  if published.is_published(items):
+    writer = PublishedWriter(config, tokenizer, start_id, built, items, run_dir)
   reader = SnapshotReader(run_dir.snapshots)
   for step in steps:
-    yield step, score_snapshot(scorer, built, built.place_params(reader.params(step, built.params)))
+    stored = built.place_params(reader.params(step, built.params))
+    if writer and not (run_dir.published_scores / table.scores_name(step)).exists():
+      writer.write(step, stored)
+    yield step, score_snapshot(scorer, built, stored)
 
 
 def scored_path(run_dir: RunDir, step: int) -> pathlib.Path:

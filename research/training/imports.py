@@ -86,7 +86,8 @@ def prepared(config: ExperimentConfig, model: ModelConfig, folder: pathlib.Path)
     UserError: tokenizer, monitor items, mesh or model cannot be used; no weights are read before.
   """
   tokenizer = open_tokenizer(folder, model)
-  items, start_id = suite_items(config), _start_id(tokenizer)
+  start_id = _start_id(tokenizer)
+  items = suite_items(config, tokenizer, start_id)
   if items:
     encode_items(items, tokenizer, config.model.context_length, start_id)
   try:

@@ -58,7 +58,7 @@ def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.
   _check_vocabulary(config, source.tokenizer)
   if _has_heldout_text(config):
     source.heldout_documents()
-  items = suite_items(config)
+  items = suite_items(config, source.tokenizer, source.start_id)
   if items:
     encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
   # A run that exists already knows its parent, which may be gone by now.

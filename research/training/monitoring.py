@@ -11,7 +11,7 @@ import jax
 
 from research.dynamics.audit_content import Finding
 from research.dynamics.audit_location import audit_public
-from research.dynamics.public import OtherModelError, UnusableError
+from research.dynamics.public import UnusableError
 from research.dynamics.public_trajectory import PublicTrajectory
 from research.errors import UserError
 from research.monitors import table
@@ -24,7 +24,7 @@ from research.training.logs import JsonLines, duration, read_rows
 from research.training.streaming import place_streamed
 
 # What these findings name is not monitored.
-LEFT_OUT = ('damaged', 'shape', 'duplicate', 'nonfinite', 'splice', 'swapped')
+LEFT_OUT = ('damaged', 'config', 'shape', 'duplicate', 'nonfinite', 'splice', 'swapped')
 Say = Callable[[str], None]
 _say = functools.partial(print, flush=True)
 
@@ -135,7 +135,7 @@ def _audited(trajectory: PublicTrajectory, say: Say) -> Plan:
   out: dict[int, Finding] = {}
   for finding in findings:
     say(str(finding))
-    if finding.kind in (*LEFT_OUT, OtherModelError.kind):
+    if finding.kind in LEFT_OUT:
       out.setdefault(finding.step, finding)
   for step, finding in out.items():
     say(f'left out: {trajectory.name_of(step)}, {finding.kind}')

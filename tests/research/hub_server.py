@@ -8,18 +8,18 @@ import threading
 
 
 class Hub:
-  """Serves the sub-folders of a folder as branches of the repository owner/model.
+  """Serves the sub-folders of a folder as branches of the repository owner/model, or owner/dataset.
 
   Every branch is a tag as well. Requests are kept in `asked`. `refusals` are the statuses with
   which revisions are refused, by name. `stop` closes it: nobody answers any more.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, kind: str = 'model'):
     self.asked: list[str] = []
     self.stopped = False
     self.refusals: dict[str, int] = {}
     self.server = http.server.ThreadingHTTPServer(
-        ('127.0.0.1', 0), _handler(folder, self.asked, self.refusals))
+        ('127.0.0.1', 0), _handler(folder, self.asked, self.refusals, kind))
     threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
   @property
@@ -39,7 +39,7 @@ def commit(name: str) -> str:
   return hashlib.sha1(name.encode()).hexdigest()
 
 
-def _handler(folder: pathlib.Path, asked: list[str], refusals: dict[str, int]) -> type:
+def _handler(folder: pathlib.Path, asked: list[str], refusals: dict[str, int], kind: str) -> type:
   branches = {commit(path.name): path for path in folder.iterdir()}
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -68,7 +68,8 @@ def _handler(folder: pathlib.Path, asked: list[str], refusals: dict[str, int]) -
     def do_GET(self):
       path = self.path.split('?')[0]
       asked.append(f'{self.command} {path}')
-      api, files = '/api/models/owner/model/', '/owner/model/resolve/'
+      api, files = f'/api/{kind}s/owner/{kind}/', f'/owner/{kind}/resolve/'
+      path = path.removeprefix('/datasets') if kind == 'dataset' else path
       if path == api + 'refs':
         refs = [{'name': p.name, 'ref': f'refs/heads/{p.name}', 'targetCommit': sha}
                 for sha, p in branches.items()]
@@ -78,8 +79,8 @@ def _handler(folder: pathlib.Path, asked: list[str], refusals: dict[str, int]) -
       elif path.startswith(api + 'tree/'):
         name = path.removeprefix(api + 'tree/').split('/')[0]
         found = branches.get(name) or branches[commit(name)]
-        self.json([{'type': 'file', 'path': p.name, 'size': p.stat().st_size, 'oid': commit(str(p))}
-                   for p in sorted(found.iterdir())])
+        self.json([{'type': 'file', 'path': str(p.relative_to(found)), 'size': p.stat().st_size,
+                    'oid': commit(str(p))} for p in sorted(found.rglob('*')) if p.is_file()])
       elif path.startswith(files):
         sha, name = path.removeprefix(files).split('/', 1)
         self.reply(200, (branches[sha] / name).read_bytes(), {
@@ -94,7 +95,7 @@ def _handler(folder: pathlib.Path, asked: list[str], refusals: dict[str, int]) -
       if commit(name) not in branches:
         self.missing('RevisionNotFound')
         return
-      self.json({'id': 'owner/model', '_id': '1', 'sha': commit(name), 'siblings': [],
+      self.json({'id': f'owner/{kind}', '_id': '1', 'sha': commit(name), 'siblings': [],
                  'private': False, 'tags': [], 'downloads': 0, 'likes': 0})
 
   return Handler
