@@ -5,17 +5,22 @@ over two flanks of `dwell` checkpoints, with one checkpoint between them left ou
 line has contrast zero, so drift and the middle of a rise count only by their curvature. Time is
 counted in checkpoints.
 
-Its noise comes from second differences, which neither drift nor a hop (it touches three of them)
-spoils. How noisy the contrast is for a given second difference depends on the autocorrelation of
-checkpoints; the ratio used is the largest of all AR(1) processes, so none has to be estimated.
+Its noise comes from second differences of blocks half a flank long: drift does not touch them, a
+hop only a few. Blocks of that length are as sensitive to autocorrelated checkpoints as the
+contrast is: the ratio of the two variances hardly depends on the correlation. The largest ratio
+of all AR(1) processes is used, so that no correlation has to be estimated.
 """
 
 import functools
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy import ndimage
 
 _MAD = 1.4826  # median absolute deviation of a normal distribution to its standard deviation
+_CUT = 3.0  # deviations beyond which a second difference is taken for a hop's, not noise
+_INSIDE = 0.9733  # variance of a standard normal within three deviations
+_LEAST_ROOM = 0.1
 _CORRELATIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99)
 
 
@@ -28,15 +33,29 @@ def step_weights(dwell: int) -> np.ndarray:
   return residual / (residual @ step)
 
 
+def block_length(dwell: int) -> int:
+  """Returns how many checkpoints a block of the noise's second differences has."""
+  return max(dwell // 2, 1)
+
+
+def noise_degrees(n_checkpoints: int, dwell: int) -> float:
+  """Returns the degrees of freedom of `common_noise`: second differences by blocks."""
+  block = block_length(dwell)
+  return (n_checkpoints - 3 * block + 1) / block
+
+
 @functools.cache
 def noise_ratio(dwell: int) -> float:
   """Returns the largest variance of the contrast over that of a second difference, of all AR(1)."""
-  weights = step_weights(dwell)
-  second = np.array([-0.5, 1.0, -0.5])
+  block = block_length(dwell)
+  second = np.repeat([-0.5, 1.0, -0.5], block) / block
+  return max(variance(step_weights(dwell), rho) / variance(second, rho) for rho in _CORRELATIONS)
+
+
+def variance(weights: np.ndarray, correlation: float) -> float:
+  """Returns the variance of a weighted sum of an AR(1) process of variance one."""
   lags = np.abs(np.subtract.outer(np.arange(len(weights)), np.arange(len(weights))))
-  return max(
-      float(weights @ rho**lags @ weights / (second @ rho**lags[:3, :3] @ second))
-      for rho in _CORRELATIONS)
+  return float(weights @ correlation**lags @ weights)
 
 
 def step_contrasts(values: np.ndarray, dwell: int) -> np.ndarray:
@@ -50,16 +69,40 @@ def flank_means(values: np.ndarray, dwell: int) -> tuple[np.ndarray, np.ndarray]
   return means[..., :-dwell - 1], means[..., dwell + 1:]
 
 
-def second_differences(values: np.ndarray) -> np.ndarray:
-  """Returns each value minus the mean of its neighbors; (..., T) gives (..., T - 2)."""
-  return values[..., 1:-1] - (values[..., :-2] + values[..., 2:]) / 2
+def second_differences(values: np.ndarray, block: int) -> np.ndarray:
+  """Returns block means minus the mean of both neighboring blocks; (..., T): (..., T-3*block+1)."""
+  means = sliding_window_view(values, block, axis=-1).mean(-1)
+  return means[..., block:-block] - (means[..., :-2 * block] + means[..., 2 * block:]) / 2
 
 
-def common_noise(values: np.ndarray, dwell: int) -> np.ndarray:
-  """Returns the standard error of contrasts from the whole series' own unrest; (..., T): (...)."""
-  differences = second_differences(values)
-  deviation = np.abs(differences - np.median(differences, -1, keepdims=True))
-  return _MAD * np.median(deviation, -1) * np.sqrt(noise_ratio(dwell))
+def common_noise(values: np.ndarray, dwell: int, bounds: tuple[float, float]) -> np.ndarray:
+  """Returns the standard error of contrasts from the whole series' own unrest.
+
+  Noise in log-odds moves a level in proportion to its room, 1 at the middle of the bounds and 0 at
+  either of them. Second differences are therefore counted by their room, and a window is as noisy
+  as its own room says; else the quiet ends of a rise would speak for its middle.
+
+  Args:
+    values: (..., T).
+    dwell: checkpoints in a flank.
+    bounds: least and greatest possible value.
+
+  Returns:
+    (..., T - 2 * dwell).
+  """
+  block = block_length(dwell)
+  differences = second_differences(values, block) / _room(values, 3 * block, bounds)
+  size = np.abs(differences - np.median(differences, -1, keepdims=True))
+  inside = size <= _CUT * _MAD * np.median(size, -1, keepdims=True)
+  variance_of_noise = np.mean(size**2, -1, where=inside, keepdims=True) / _INSIDE
+  return np.sqrt(variance_of_noise * noise_ratio(dwell)) * _room(values, 2 * dwell + 1, bounds)
+
+
+def _room(values, length, bounds):
+  """How far means over so many checkpoints are from their bounds, between _LEAST_ROOM and 1."""
+  means = sliding_window_view(values, length, axis=-1).mean(-1)
+  low, high = bounds
+  return np.maximum(1 - ((2 * means - low - high) / (high - low))**2, _LEAST_ROOM)
 
 
 def context_noise(values: np.ndarray, weights: np.ndarray, dwell: int) -> np.ndarray:
@@ -71,11 +114,12 @@ def context_noise(values: np.ndarray, weights: np.ndarray, dwell: int) -> np.nda
     dwell: checkpoints in a flank.
 
   Returns:
-    (..., T - 2 * dwell): of each window, from the second differences within it.
+    (..., T - 2 * dwell): of each window, from the second differences around it.
   """
-  differences = second_differences(np.moveaxis(values, -1, 0))  # Contexts lead: (C, ..., T - 2).
+  block, n_contexts, n_steps = block_length(dwell), values.shape[-1], values.shape[-2]
+  differences = second_differences(np.moveaxis(values, -1, 0), block)  # Contexts lead: (C, ...).
   center = np.tensordot(weights, differences, 1)
-  n_contexts = len(weights)
   spread = np.tensordot(weights**2, (differences - center)**2, 1) * n_contexts / (n_contexts - 1)
-  local = sliding_window_view(spread, 2 * dwell - 1, axis=-1).mean(-1)
-  return np.sqrt(local * noise_ratio(dwell))
+  local = ndimage.uniform_filter1d(spread, 2 * dwell + 1, axis=-1, mode='nearest')
+  first = dwell - (3 * block - 1) // 2  # Of the second difference centered as the first window.
+  return np.sqrt(local[..., first:first + n_steps - 2 * dwell] * noise_ratio(dwell))

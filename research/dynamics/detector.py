@@ -24,12 +24,13 @@ from research.dynamics import contrasts
 from research.dynamics.controls import ControlState
 from research.dynamics.states import Levels, over_contexts
 
-DWELL = 4  # checkpoints for which the state is held on either flank
+DWELL = 6  # checkpoints for which the state is held on either flank
 ALLOWANCE = 0.03  # contrast that the curvature of a smooth rise may have
 FALSE_DISCOVERIES = 0.05
 CONFIDENCE = 0.95  # of the flanks' states
-DEGREES = 12  # of the contrasts' noise: what a median of some 50 second differences is worth
 LEAST_CONTEXTS = 3
+MARGINS = (-1.0, 1.0)  # bounds of differences of two probabilities
+ACCURACIES = (0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +89,15 @@ class Hop:
     return self.is_calm is not False
 
 
-def series_of_contexts(values: np.ndarray, weights: np.ndarray) -> Series:
+def series_of_contexts(values: np.ndarray, weights: np.ndarray,
+                       bounds: tuple[float, float] = MARGINS) -> Series:
   """Returns series of per-context means.
 
   Args:
     values: (..., K, T, C) mean margin or accuracy of the items of a context, over all prompt
       variants of it.
     weights: (C,) shares of the items.
+    bounds: least and greatest possible value.
 
   Raises:
     ValueError: fewer than `LEAST_CONTEXTS` contexts, or too few checkpoints for one window.
@@ -107,7 +110,7 @@ def series_of_contexts(values: np.ndarray, weights: np.ndarray) -> Series:
   _check_length(mean)
   flanks = np.lib.stride_tricks.sliding_window_view(values, DWELL, axis=-2).mean(-1)
   noise = np.maximum(contrasts.context_noise(values, weights, DWELL),
-                     contrasts.common_noise(mean, DWELL)[..., None])
+                     contrasts.common_noise(mean, DWELL, bounds))
   return Series(mean, over_contexts(flanks, weights), noise)
 
 
@@ -126,7 +129,7 @@ def series_of_errors(mean: np.ndarray, error: np.ndarray) -> Series:
   weights = contrasts.step_weights(DWELL)
   of_items = np.sqrt(view(error, 2 * DWELL + 1, axis=-1)**2 @ weights**2)
   return Series(mean, flanks,
-                np.maximum(of_items, contrasts.common_noise(mean, DWELL)[..., None]))
+                np.maximum(of_items, contrasts.common_noise(mean, DWELL, ACCURACIES)))
 
 
 def windows(series: Series, center: np.ndarray | float = 0.0, tolerance: float = 0.0) -> Windows:
@@ -141,7 +144,7 @@ def windows(series: Series, center: np.ndarray | float = 0.0, tolerance: float =
   excess = np.maximum(np.abs(contrast) - ALLOWANCE - 2 * tolerance, 0)
   with np.errstate(divide='ignore', invalid='ignore'):
     ratio = np.where(excess > 0, excess / series.noise, 0.0)
-  p_values = 2 * stats.t.sf(ratio, DEGREES)
+  p_values = 2 * stats.t.sf(ratio, contrasts.noise_degrees(series.mean.shape[-1], DWELL))
   flat = p_values.reshape(*p_values.shape[:-2], -1)
   adjusted = stats.false_discovery_control(flat, axis=-1).reshape(p_values.shape)
   sides = _sides(series, center, tolerance)
@@ -193,7 +196,8 @@ def least_detectable(series: Series, power: float = 0.95) -> np.ndarray:
   """
   noise, error = np.median(series.noise, -1), np.median(series.flanks.error, -1)
   n_windows = series.noise.shape[-1] * series.noise.shape[-2]
-  critical = stats.t.isf(FALSE_DISCOVERIES / n_windows / 2, DEGREES) + stats.norm.ppf(power)
+  degrees_of_noise = contrasts.noise_degrees(series.mean.shape[-1], DWELL)
+  critical = stats.t.isf(FALSE_DISCOVERIES / n_windows / 2, degrees_of_noise) + stats.norm.ppf(power)
   # The spread of a t ratio around its noncentrality, for both flanks at once.
   degrees = min(series.flanks.degrees, 1e6)
   tail = stats.chi2.isf((1 - power) / 2, degrees) / degrees
