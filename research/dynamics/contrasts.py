@@ -39,9 +39,14 @@ def block_length(dwell: int) -> int:
 
 
 def noise_degrees(n_checkpoints: int, dwell: int) -> float:
-  """Returns the degrees of freedom of `common_noise`: second differences by blocks."""
+  """Returns the degrees of freedom of `common_noise`: its second differences by blocks."""
   block = block_length(dwell)
-  return (n_checkpoints - 3 * block + 1) / block
+  return (n_checkpoints - 6 * block + 1) / block
+
+
+def least_checkpoints(dwell: int) -> int:
+  """Returns how many checkpoints leave two blocks of second differences beside any window."""
+  return 8 * block_length(dwell) - 1
 
 
 @functools.cache
@@ -80,7 +85,8 @@ def common_noise(values: np.ndarray, dwell: int, bounds: tuple[float, float]) ->
 
   Noise in log-odds moves a level in proportion to its room, 1 at the middle of the bounds and 0 at
   either of them. Second differences are therefore counted by their room, and a window is as noisy
-  as its own room says; else the quiet ends of a rise would speak for its middle.
+  as its own room says; else the quiet ends of a rise would speak for its middle. Differences that
+  contain the middle of the window are left out: a hop there is not its own noise.
 
   Args:
     values: (..., T).
@@ -91,11 +97,16 @@ def common_noise(values: np.ndarray, dwell: int, bounds: tuple[float, float]) ->
     (..., T - 2 * dwell).
   """
   block = block_length(dwell)
-  differences = second_differences(values, block) / _room(values, 3 * block, bounds)
-  size = np.abs(differences - np.median(differences, -1, keepdims=True))
-  inside = size <= _CUT * _MAD * np.median(size, -1, keepdims=True)
-  variance_of_noise = np.mean(size**2, -1, where=inside, keepdims=True) / _INSIDE
-  return np.sqrt(variance_of_noise * noise_ratio(dwell)) * _room(values, 2 * dwell + 1, bounds)
+  size = np.abs(second_differences(values, block)) / _room(values, 3 * block, bounds)
+  middle = np.arange(dwell, values.shape[-1] - dwell)[:, None]
+  first = np.arange(size.shape[-1])
+  kept = (first > middle) | (first + 3 * block <= middle)  # (windows, differences)
+  size = np.where(kept, size[..., None, :], np.inf)
+  median = np.take_along_axis(
+      np.sort(size, -1), np.broadcast_to((kept.sum(-1) // 2)[:, None], (*size.shape[:-1], 1)), -1)
+  inside = size <= _CUT * _MAD * median
+  noise = np.mean(size**2, -1, where=inside) / _INSIDE
+  return np.sqrt(noise * noise_ratio(dwell)) * _room(values, 2 * dwell + 1, bounds)
 
 
 def _room(values, length, bounds):

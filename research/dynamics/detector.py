@@ -67,8 +67,7 @@ class Hop:
 
   Attributes:
     dataset: its index.
-    before, after: checkpoints (indices) between which it happened: the last of the earlier flank
-      and the first of the later one.
+    before, after: neighboring checkpoints (indices) between which most of it happened.
     direction: +1 towards the generalizing answer, -1 towards the pattern.
     change: between the means of both flanks.
     adjusted_p: false-discovery rate at which it counts.
@@ -155,12 +154,13 @@ def windows(series: Series, center: np.ndarray | float = 0.0, tolerance: float =
   return Windows(contrast, series.noise, adjusted, high - low, is_held, _strongest(strength))
 
 
-def find_hops(found: Windows, steps: Sequence[int],
+def find_hops(found: Windows, mean: np.ndarray, steps: Sequence[int],
               controls: ControlState | None = None) -> list[Hop]:
   """Returns the hops of one trajectory in order of time, those that controls forbid included.
 
   Args:
     found: windows of one trajectory, (K, T - 2 * DWELL).
+    mean: its levels (K, T).
     steps: of its checkpoints.
     controls: of the same checkpoints.
   """
@@ -171,8 +171,10 @@ def find_hops(found: Windows, steps: Sequence[int],
     if controls is not None:
       seen = (controls.steps >= steps[first]) & (controls.steps <= steps[last])
       calm = bool(np.all(controls.inside[seen]))
+    earlier, between, later = mean[dataset, window + DWELL - 1:window + DWELL + 2]
+    is_late = abs(between - earlier) < abs(later - between)
     hops.append(Hop(
-        int(dataset), int(window + DWELL - 1), int(window + DWELL + 1),
+        int(dataset), int(window + DWELL - 1 + is_late), int(window + DWELL + is_late),
         int(np.sign(found.change[dataset, window])), float(found.change[dataset, window]),
         float(found.adjusted_p[dataset, window]), calm))
   return hops
@@ -221,9 +223,10 @@ def parity_share(margin_a: np.ndarray, margin_b: np.ndarray) -> float:
 
 
 def _check_length(mean):
-  if mean.shape[-1] < 2 * DWELL + 1:
-    raise ValueError(f'{mean.shape[-1]} checkpoints are too few for a state held for {DWELL} on '
-                     f'either side of a hop; at least {2 * DWELL + 1}')
+  least = contrasts.least_checkpoints(DWELL)
+  if mean.shape[-1] < least:
+    raise ValueError(f'{mean.shape[-1]} checkpoints are too few to tell noise from a hop with a '
+                     f'state held for {DWELL} on either side; at least {least}')
 
 
 def _sides(series, center, tolerance):
