@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import table
-from research.dynamics import contrasts, detector, published
+from research.dynamics import accuracies, contrasts, detector
 from research.errors import UserError
 
 PYTHIA = flags.DEFINE_string('pythia', None, 'folder with core_tasks.csv')
@@ -36,47 +36,47 @@ class Found(NamedTuple):
     reason: why it could not be searched.
   """
 
-  series: published.Published
+  series: accuracies.Published
   dropped: list[int]
   hops: list[tuple[str, int, int, float]]
   n_late: int
   reason: str = ''
 
 
-def search(series: published.Published, copied: list[int]) -> Found:
+def search(series: accuracies.Published, copied: list[int]) -> Found:
   """Returns the hops of all tasks of one series, copied steps left out."""
-  own, repeated = published.without_repeats(series.at(~np.isin(series.steps, copied)))
+  own, repeated = accuracies.without_repeats(series.at(~np.isin(series.steps, copied)))
   dropped = sorted(repeated + copied)
   if len(own.steps) < contrasts.least_checkpoints(detector.DWELL):
     return Found(own, dropped, [], 0, f'only {len(own.steps)} checkpoints of its own')
   levels = detector.series_of_errors(own.accuracy_KT, own.error_KT)
-  found = detector.windows(levels, published.center_of(own.accuracy_KT))
+  found = detector.windows(levels, accuracies.center_of(own.accuracy_KT))
   hops = [(own.tasks[hop.dataset], int(own.steps[hop.before]), int(own.steps[hop.after]),
            hop.change) for hop in detector.find_hops(found, levels.mean, own.steps)]
   return Found(own, dropped, hops,
                sum(before >= LATE * own.steps[-1] for _, before, _, _ in hops))
 
 
-def search_all(series: list[published.Published]) -> list[Found]:
+def search_all(series: list[accuracies.Published]) -> list[Found]:
   """Returns what each series has; of copied steps the model whose name comes last is the source."""
   named = sorted(series, key=lambda one: one.model, reverse=True)
   found = []
   for i, one in enumerate(named):
-    copied = sorted({s for source in named[:i] for s in published.copied_steps(one, source)})
+    copied = sorted({s for source in named[:i] for s in accuracies.copied_steps(one, source)})
     found.append(search(one, copied))
   return found[::-1]
 
 
 def pythia(folder: pathlib.Path, shots: int) -> list[Found]:
   """Returns what Pythia's models have; accuracies with zero or five demonstrations."""
-  return search_all(published.read_rows(
+  return search_all(accuracies.read_rows(
       folder / 'core_tasks.csv', 'model', error='stderr',
       where={'num_fewshot': str(shots), 'metric': 'acc'}))
 
 
 def olmo(folder: pathlib.Path) -> list[Found]:
   """Returns what the runs of OLMo's ladder have."""
-  return search_all(published.read_rows(
+  return search_all(accuracies.read_rows(
       folder / 'downstream.csv.gz', 'run', where={'kind': 'downstream'}))
 
 

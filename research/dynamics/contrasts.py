@@ -133,4 +133,5 @@ def context_noise(values: np.ndarray, weights: np.ndarray, dwell: int) -> np.nda
   spread = np.tensordot(weights**2, (differences - center)**2, 1) * n_contexts / (n_contexts - 1)
   local = ndimage.uniform_filter1d(spread, 2 * dwell + 1, axis=-1, mode='nearest')
   first = dwell - (3 * block - 1) // 2  # Of the second difference centered as the first window.
-  return np.sqrt(local[..., first:first + n_steps - 2 * dwell] * noise_ratio(dwell))
+  local = local[..., first:first + n_steps - 2 * dwell]
+  return np.sqrt(np.maximum(local, 0) * noise_ratio(dwell))  # Running sums round below zero.

@@ -201,7 +201,7 @@ def least_detectable(series: Series, power: float = 0.95) -> np.ndarray:
   degrees_of_noise = contrasts.noise_degrees(series.mean.shape[-1], DWELL)
   critical = stats.t.isf(FALSE_DISCOVERIES / n_windows / 2, degrees_of_noise) + stats.norm.ppf(power)
   # The spread of a t ratio around its noncentrality, for both flanks at once.
-  degrees = min(series.flanks.degrees, 1e6)
+  degrees = np.minimum(np.ravel(series.flanks.degrees), 1e6)
   tail = stats.chi2.isf((1 - power) / 2, degrees) / degrees
   flank = stats.t.ppf(0.5 + CONFIDENCE / 2, degrees) * np.sqrt(tail)
   return np.maximum(ALLOWANCE + critical * noise, 2 * flank * error)

@@ -24,7 +24,7 @@ class Levels:
 
   mean: np.ndarray
   error: np.ndarray
-  degrees: float  # infinite where standard errors are given
+  degrees: float | np.ndarray  # broadcast to them; infinite where standard errors are given
 
   def interval(self, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Returns lower and upper bounds."""

@@ -83,8 +83,8 @@ def without_repeats(series: Published) -> tuple[Published, list[int]]:
 def copied_steps(series: Published, original: Published) -> list[int]:
   """Returns the steps at which a series repeats another model's values in every common task.
 
-  Only runs of `LEAST_COPIED` common steps in a row count, and only where tasks were learned or
-  not alike by more than one value: models at the floor agree by chance in one task, not in all.
+  Only runs of `LEAST_COPIED` common steps in a row count, of models with two common tasks or more:
+  models at the floor agree by chance in one task, not in all of them.
   """
   tasks = [task for task in series.tasks if task in original.tasks]
   steps, own, other = np.intersect1d(series.steps, original.steps, return_indices=True)
