@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.benchmarks import detector as benchmark, noise_estimates, real_series
+from experiments.benchmarks import detector_trials as trials, noise_estimates, real_series
 from experiments.benchmarks import simulated_scores as simulated
 from research.dynamics import accuracies
 from research.errors import UserError
@@ -37,37 +37,38 @@ def test_known_noise_is_estimated():
 
 
 def test_shares_have_exact_intervals():
-  share, low, high = benchmark.share(0, 100)
+  share, low, high = trials.share(0, 100)
   assert (share, low) == (0, 0)
   np.testing.assert_allclose(high, 1 - 0.025**(1 / 100))  # Closed form of no success.
 
 
+def small_trial(shift):
+  return trials.Trial(simulated.Size(60, 2, 16, 50),
+                      simulated.Noise(1.7, 0.35, 0.02, 0.05, 1.6, 0.3, 0.3), 0.02, shift, 15, 0)
+
+
 def test_a_sharp_hop_counts_as_found_and_the_naive_rule_alarms():
-  size = simulated.Size(60, 2, 16, 50)
-  noise = simulated.Noise(1.7, 0.35, 0.02, 0.05, 1.6, 0.3, 0.3)
-  counts = benchmark.simulate_batch('hops', size, noise, 0.6, 15, 10, np.random.default_rng(0))
+  counts = trials.simulate_batch('hops', small_trial(0.6), 10, np.random.default_rng(0))
   assert counts['hits'] == 10 and counts['alarms'] <= 1 and counts['naive'] == 10
 
 
-def test_the_command_goes_on_where_it_stopped(tmp_path):
-  command = ['experiments.benchmarks.detector', f'--out={tmp_path}', '--n_items=10',
-             '--n_checkpoints=60', '--n_datasets=1']
-  first = run(*command, '--n_series=20')
-  assert first.returncode == 0, first.stderr
-  folder, = tmp_path.iterdir()
-  lines = (folder / 'noise.jsonl').read_text()
-  second = run(*command, '--n_series=40')
-  assert second.returncode == 0, second.stderr
-  again = (folder / 'noise.jsonl').read_text()
+def test_a_kind_goes_on_where_it_stopped(tmp_path):
+  path, trial = tmp_path / 'hops.jsonl', small_trial(0.3)
+  first = trials.run_kind('hops', trial, 20, path)
+  lines = path.read_text()
+  both = trials.run_kind('hops', trial, 40, path)
+  again = path.read_text()
   assert again.startswith(lines) and len(again.splitlines()) == 2
-  assert json.loads(again.splitlines()[0]) != json.loads(again.splitlines()[1])
-  assert '| noise | 40 |' in second.stdout and (folder / 'detector.png').stat().st_size > 10_000
+  one, other = map(json.loads, again.splitlines())
+  assert one == first != other and both['n'] == 40
+  assert both['naive_calls'] == one['naive_calls'] + other['naive_calls']
+  assert trials.run_kind('hops', trial, 20, path) == first
+  trials.draw_figure({'noise': first, 'hops': both}, tmp_path / 'a.png')
+  assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('arguments,message', [
-    (['detector'], '--out=FOLDER is needed'),
     (['detector', '--out=x', '--dwell=3'], '--dwell=3 must be above the 6 checkpoints'),
-    (['real_series'], '--pythia=FOLDER or --olmo=FOLDER is needed'),
     (['real_series', '--olmo=nowhere'], '--olmo=nowhere has no downstream.csv.gz')])
 def test_wrong_flags_are_said_in_one_sentence(arguments, message):
   result = run(f'experiments.benchmarks.{arguments[0]}', *arguments[1:])
