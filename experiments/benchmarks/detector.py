@@ -6,7 +6,8 @@ Four kinds of trajectories have no hop: `constant` (nothing but sampling and con
 (logistic, at least a quarter of the trajectory long), `drift` (slow waves through the center) and
 `noise` (levels near the center under autocorrelated checkpoint noise); all but the first have
 that noise. `hops` have one of --shift in margin that lasts --dwell checkpoints, in the first
-dataset. A false alarm is a trajectory in which a hop is called in any dataset at any checkpoint.
+dataset. A false alarm is a trajectory in which a hop is called in any dataset at any checkpoint,
+a false step one with a significant step whatever the states beside it.
 `naive` calls one wherever a dataset's accuracy crosses 0.5. Coverage is that of the 95% intervals
 of a single checkpoint's accuracy and margin over demonstration contexts.
 
@@ -79,10 +80,11 @@ def main() -> None:
             for kind in KINDS}
   percent = lambda count, n: '{:.1%} ({:.1%} to {:.1%})'.format(*share(count, n))
   rows = [[kind, f'{t["n"]:.0f}', percent(t['alarms'], t['n']),
+           '' if kind == 'hops' else percent(t['steps'], t['n']),
            percent(t['hits'], t['n']) if kind == 'hops' else '', f'{t["naive"] / t["n"]:.1%}',
            f'{t["naive_calls"] / t["n"]:.1f}', f'{t["margin_covered"] / t["n"]:.1%}',
            f'{t["accuracy_covered"] / t["n"]:.1%}'] for kind, t in totals.items()]
-  print(table(['kind', 'series', 'false alarms', 'hops found', 'naive alarms', 'naive calls each',
+  print(table(['kind', 'series', 'false alarms', 'false steps', 'hops found', 'naive alarms', 'naive calls each',
                'margin covered', 'accuracy covered'], rows))
   detector_trials.draw_figure(totals, out / 'detector.png')
   print(f'{out / "detector.png"}')

@@ -1,4 +1,4 @@
-"""What the hop detector does on simulated trajectories: batches, totals, shares and their picture."""
+"""What the hop detector does on simulated trajectories: batches, totals, shares, their picture."""
 
 import dataclasses
 import json
@@ -66,9 +66,10 @@ def run_kind(kind: str, trial: Trial, n_series: int, path: pathlib.Path) -> dict
 
 def simulate_batch(kind: str, trial: Trial, n: int, random: np.random.Generator
                    ) -> dict[str, float]:
-  """Returns counts over n trajectories: alarms, naive alarms, hops found, intervals that cover.
+  """Returns counts over n trajectories: alarms, hops found, intervals that cover.
 
-  In trajectories with a hop an alarm is a call more than one checkpoint off its two edges.
+  In trajectories with a hop an alarm is a call more than one checkpoint off its two edges. `steps`
+  counts trajectories with a sudden step whatever the states beside it, `naive` those of the rule.
   """
   size, noise = trial.size, trial.noise_of(kind)
   deviation = simulated.spread(noise)
@@ -80,7 +81,8 @@ def simulate_batch(kind: str, trial: Trial, n: int, random: np.random.Generator
     levels = NULLS[kind](size, deviation, n, random)
   scores = simulated.draw(levels, noise, size, random)
   weights = np.full(size.n_contexts, 1 / size.n_contexts)
-  found = detector.windows(detector.series_of_contexts(scores.margin_BKTC, weights)).is_hop
+  windows = detector.windows(detector.series_of_contexts(scores.margin_BKTC, weights))
+  found = windows.is_hop
   at_edge = np.zeros_like(found)
   hit = np.zeros(n, bool)
   if start is not None:
@@ -89,6 +91,8 @@ def simulate_batch(kind: str, trial: Trial, n: int, random: np.random.Generator
     hit = np.any(found[:, 0] & near(start), -1)
     at_edge[:, 0] = near(start) | near(start + trial.dwell)
   counts = {'n': n, 'alarms': np.sum(np.any(found & ~at_edge, (1, 2))), 'hits': np.sum(hit)}
+  steps = windows.adjusted_p <= detector.FALSE_DISCOVERIES
+  counts['steps'] = np.sum(np.any(steps, (1, 2)))
   above = scores.accuracy_BKTC.mean(-1) > 0.5
   crossed = above[..., 1:] != above[..., :-1]
   counts['naive'] = np.sum(np.any(crossed, (1, 2)))

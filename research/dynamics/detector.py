@@ -199,7 +199,8 @@ def least_detectable(series: Series, power: float = 0.95) -> np.ndarray:
   noise, error = np.median(series.noise, -1), np.median(series.flanks.error, -1)
   n_windows = series.noise.shape[-1] * series.noise.shape[-2]
   degrees_of_noise = contrasts.noise_degrees(series.mean.shape[-1], DWELL)
-  critical = stats.t.isf(FALSE_DISCOVERIES / n_windows / 2, degrees_of_noise) + stats.norm.ppf(power)
+  first_rejection = stats.t.isf(FALSE_DISCOVERIES / n_windows / 2, degrees_of_noise)
+  critical = first_rejection + stats.norm.ppf(power)
   # The spread of a t ratio around its noncentrality, for both flanks at once.
   degrees = np.minimum(np.ravel(series.flanks.degrees), 1e6)
   tail = stats.chi2.isf((1 - power) / 2, degrees) / degrees
