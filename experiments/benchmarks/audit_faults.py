@@ -123,7 +123,8 @@ def false_alarms(run_dir: RunDir) -> dict[str, Any]:
           'seconds': [middle - began, time.perf_counter() - middle]}
 
 
-def main() -> None:
+def checked_run() -> tuple[RunDir, SnapshotSeries]:
+  """Returns the run of the command line and its snapshots; raises UserError for one too short."""
   run_dir = RunDir(RUN_DIR.value)
   if not RUN_DIR.value or not run_dir.done.exists():
     raise UserError(f'--run_dir={RUN_DIR.value!r} is not the directory of a finished run')
@@ -136,6 +137,50 @@ def main() -> None:
     raise UserError(f'{run_dir.path} needs three checkpoints up to step {last}, its snapshot '
                     f'{KEEP.value}: train it with --config.checkpoints.keep=0 and a smaller '
                     '--config.checkpoints.every')
+  return run_dir, series
+
+
+def file_results(run_dir: RunDir) -> dict[str, dict[str, collections.Counter]]:
+  """Returns how often each fault in files is named, by whether hashes are kept or recomputed."""
+  results = {}
+  for number, name in enumerate(faults.FILE_FAULTS):
+    results[name] = {kind: collections.Counter(
+        file_trial(run_dir, name, (SEED.value, number, i), kind == 'recomputed')
+        for i in range(COPIES.value)) for kind in ('kept', 'recomputed')}
+    print(f'[{number + 1}/{len(faults.FILE_FAULTS)}] {name}: {results[name]}', file=sys.stderr,
+          flush=True)
+  return results
+
+
+def content_results(series: SnapshotSeries) -> dict[str, dict[str, float]]:
+  """Returns the share of each fault in content that is named, by its place in the series."""
+  results = {}
+  for number, name in enumerate(faults.CONTENT_FAULTS):
+    results[name] = {where: float(np.mean([
+        content_trial(series, name, (SEED.value, number, i), where)
+        for i in range(TRIALS.value)])) for where in ('inside', 'newest')}
+    print(f'[{number + 1}/{len(faults.CONTENT_FAULTS)}] {name}', file=sys.stderr, flush=True)
+  return results
+
+
+def show(files: dict[str, Any], content: dict[str, Any]) -> None:
+  """Prints both tables."""
+  print(f'\nFaults in files of a copy, {COPIES.value} of each: step named, and file or only folder.\n')
+  headings = [f'{kind}: {what}' for kind in ('hashes kept', 'recomputed')
+              for what in ('file', 'folder', 'of')]
+  print(table(['fault', *headings], [
+      [name, *(str(n) for kind in ('kept', 'recomputed') for n in (
+          counts[kind]['file'], counts[kind]['folder'], COPIES.value - counts[kind]['refused']))]
+      for name, counts in files.items()]))
+  print(f'\nFaults in the content of one of {STRETCH.value} checkpoints without hashes, '
+        f'{TRIALS.value} of each: step named.\n')
+  print(table(['fault', 'inside the series', 'newest checkpoint'], [
+      [name, f'{rates["inside"]:.0%}', f'{rates["newest"]:.0%}'] for name, rates in content.items()]))
+
+
+def main() -> None:
+  """Audits the run as it is, then with every fault, and prints what was found."""
+  run_dir, series = checked_run()
   facts = machine()
   print(facts, flush=True)
   healthy = false_alarms(run_dir)
@@ -143,34 +188,13 @@ def main() -> None:
         f'hashes in {healthy["seconds"][0]:.1f} s, {len(healthy["without hashes"])} without in '
         f'{healthy["seconds"][1]:.1f} s', *healthy['with hashes'], *healthy['without hashes'],
         sep='\n', flush=True)
-  results: dict[str, dict[str, Any]] = {'files': {}, 'content': {}}
-  for number, name in enumerate(faults.FILE_FAULTS):
-    counts = {kind: collections.Counter(
-        file_trial(run_dir, name, (SEED.value, number, i), kind == 'recomputed')
-        for i in range(COPIES.value)) for kind in ('kept', 'recomputed')}
-    results['files'][name] = counts
-    print(f'[{number + 1}/{len(faults.FILE_FAULTS)}] {name}: {counts}', file=sys.stderr, flush=True)
-  for number, name in enumerate(faults.CONTENT_FAULTS):
-    results['content'][name] = {where: np.mean([
-        content_trial(series, name, (SEED.value, number, i), where)
-        for i in range(TRIALS.value)]) for where in ('inside', 'newest')}
-    print(f'[{number + 1}/{len(faults.CONTENT_FAULTS)}] {name}', file=sys.stderr, flush=True)
-  print(f'\nFaults in files of a copy, {COPIES.value} of each: step named, and file or only folder.\n')
-  headings = [f'{kind}: {what}' for kind in ('hashes kept', 'recomputed')
-              for what in ('file', 'folder', 'of')]
-  print(table(['fault', *headings], [
-      [name, *(str(n) for kind in ('kept', 'recomputed') for n in (
-          counts[kind]['file'], counts[kind]['folder'], COPIES.value - counts[kind]['refused']))]
-      for name, counts in results['files'].items()]))
-  print(f'\nFaults in the content of one of {STRETCH.value} checkpoints without hashes, '
-        f'{TRIALS.value} of each: step named.\n')
-  print(table(['fault', 'inside the series', 'newest checkpoint'], [
-      [name, f'{rates["inside"]:.0%}', f'{rates["newest"]:.0%}']
-      for name, rates in results['content'].items()]))
+  files, content = file_results(run_dir), content_results(series)
+  show(files, content)
   if JSON.value:
     write_whole(pathlib.Path(JSON.value), json.dumps(
-        {'machine': facts, 'healthy': healthy, **results}, indent=2, default=float) + '\n')
-  missed = [name for name, counts in results['files'].items() if counts['kept']['missed']]
+        {'machine': facts, 'healthy': healthy, 'files': files, 'content': content},
+        indent=2) + '\n')
+  missed = [name for name, counts in files.items() if counts['kept']['missed']]
   if missed or healthy['with hashes'] or healthy['without hashes']:
     raise stored.DamagedError(f'missed with hashes: {", ".join(missed) or "nothing"}; false alarms: '
                               f'{len(healthy["with hashes"])}, {len(healthy["without hashes"])}')
