@@ -125,7 +125,8 @@ def test_an_import_holds_less_than_two_tensors_beyond_the_parameters(tmp_path, n
   print(measured)
   assert measured['equal']
   assert measured['largest'] == 32768 * 512 * {'float32': 4, 'bfloat16': 2}[dtype]
-  assert 0 < measured['beyond'] < 2 * measured['largest']
+  # It may be below zero where the allocator still held what the first import had freed.
+  assert measured['beyond'] < 2 * measured['largest']
 
 
 @pytest.mark.parametrize('pattern, words', [
