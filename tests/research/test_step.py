@@ -89,9 +89,9 @@ def test_a_batch_without_a_loss_does_not_enter_the_guard():
   built = build(OptimizerConfig(warmup_steps=0))
   step, state = built.train_step(), built.init_state()
   masked = {**batch_of(1), 'loss_mask': np.zeros((8, 16), np.float32)}
-  for batch, accepted in ((batch_of(0), 1), (masked, 1), (batch_of(2), 2)):
+  for batch, remembered in ((batch_of(0), 1), (masked, 1), (batch_of(2), 2)):
     state, metrics = step(state, built.place_batch(batch))
-    assert metrics['skipped'] == 0 and int(state.guard.accepted) == accepted
+    assert metrics['skipped'] == 0 and int(state.guard.remembered) == remembered
 
 
 def test_moving_average_in_closed_form():
