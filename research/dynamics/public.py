@@ -1,21 +1,15 @@
 """Public series: the revisions of one model, as parameters of ours, read lazily."""
 
 import pathlib
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 
 from models.config import ModelConfig
 from models.interop.checkpoint import HfCheckpoint
 from models.interop.configs import model_config
 from models.interop.files import CONFIG, read_json
-from models.interop.layout import Box
 from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
 from research.dynamics.revisions import Revision, UnusableError, chosen, place_of
 from research.errors import UserError
-from research.training.streaming import place_streamed
 
 TOKENIZER = ('tokenizer.json', 'tokenizer_config.json')
 
@@ -74,16 +68,6 @@ class PublicSeries:
     """Names of the revisions."""
     return [revision.name for revision in self.revisions]
 
-  @property
-  def steps(self) -> list[int]:
-    """Optimizer steps of the revisions, counted anew in every stage."""
-    return [revision.step for revision in self.revisions]
-
-  @property
-  def tokens(self) -> list[int | None]:
-    """Tokens seen, None where a name does not say."""
-    return [revision.tokens for revision in self.revisions]
-
   def config(self, name: str) -> ModelConfig:
     """Returns the model of a revision; fetches no weights."""
     path = self.folder(name, (CONFIG,)) / CONFIG
@@ -92,34 +76,11 @@ class PublicSeries:
     except ValueError as error:
       raise UnusableError(f'{self.location}, revision {name}: {error}', path) from error
 
-  def tokenizer(self, name: str) -> Tokenizer:
-    """Returns the tokenizer of a revision; fetches no weights."""
-    return open_tokenizer(self.folder(name, (CONFIG, *TOKENIZER)), self.config(name))
-
   def checkpoint(self, name: str) -> HfCheckpoint:
     """Returns a revision's files, fetched if need be and checked against its config.json."""
     if name not in self._open:
       self._open[name] = open_checkpoint(self.folder(name))
     return self._open[name]
-
-  def params(self, name: str, abstract: Any,
-             progress: Callable[[str], None] = lambda name: None) -> Any:
-    """Returns the parameters of a revision laid out like `abstract`, a tree of ShapeDtypeStruct."""
-    return place_streamed(self.checkpoint(name).read, abstract, progress)
-
-  def leaf(self, name: str, leaf: str, box: Box | None = None) -> np.ndarray:
-    """Returns a box of one parameter in the file's dtype; only its slices are read.
-
-    Args:
-      name: of the revision.
-      leaf: dotted name, such as blocks.attention.q.
-      box: start and stop along each axis; None is all of it.
-    """
-    checkpoint = self.checkpoint(name)
-    if leaf not in checkpoint.rows:
-      raise UserError(f'{self.location}, revision {name} has no parameter {leaf}; it has '
-                      f'{", ".join(checkpoint.rows)}')
-    return checkpoint.read(leaf, box)
 
   def commits(self) -> dict[str, str]:
     """Returns the commit of every revision of a repository by name; {} of a folder."""

@@ -16,6 +16,7 @@ from parallelism import sharding
 from parallelism.mesh import MeshConfig, make_mesh
 from research.data import tokenizers
 from research.dynamics.public import PublicSeries, open_tokenizer
+from research.dynamics.public_trajectory import PublicTrajectory
 from research.dynamics.revisions import Folder, chosen, parse
 from research.errors import UserError
 from research.training.streaming import PIECE_BYTES, pieces, place_streamed
@@ -53,17 +54,18 @@ def test_steps_and_tokens_are_read_from_names(name, expected):
 def test_a_series_is_in_order_and_read_lazily(folder):
   series = PublicSeries(str(folder))
   assert series.names == [NAMES[1], NAMES[0], NAMES[2]]
-  assert series.steps == [1000, 2000, 500]
-  assert series.tokens == [4_500_000_000, 9_000_000_000, 1_000_000_000]
-  assert PublicSeries(str(folder), 'stage1-*').steps == [1000, 2000]
+  assert [(revision.step, revision.tokens) for revision in series.revisions] == [
+      (1000, 4_500_000_000), (2000, 9_000_000_000), (500, 1_000_000_000)]
+  assert PublicSeries(str(folder), 'stage1-*').names == [NAMES[1], NAMES[0]]
   assert series.config(NAMES[0]).norm_eps == pytest.approx(1e-5)
-  assert series.tokenizer(NAMES[0]).vocab_size == 259
-  k_NDHE = series.leaf(NAMES[0], 'blocks.attention.k')
+  assert open_tokenizer(series.folder(NAMES[0]), series.config(NAMES[0])).vocab_size == 259
+  checkpoint = series.checkpoint(NAMES[0])
+  k_NDHE = checkpoint.read('blocks.attention.k')
   box = ((1, 2), (3, 9), (0, 2), (4, 8))
   np.testing.assert_array_equal(
-      series.leaf(NAMES[0], 'blocks.attention.k', box), k_NDHE[1:2, 3:9, :, 4:8])
-  with pytest.raises(UserError, match='no parameter blocks.attention.x; it has'):
-    series.leaf(NAMES[0], 'blocks.attention.x')
+      checkpoint.read('blocks.attention.k', box), k_NDHE[1:2, 3:9, :, 4:8])
+  with pytest.raises(UserError, match="no tensor 'blocks.attention.x'; it has"):
+    PublicTrajectory(str(folder)).leaf(1000, 'blocks.attention.x')
 
 
 def test_parameters_lie_on_eight_devices_as_the_table_says(folder):
@@ -75,10 +77,11 @@ def test_parameters_lie_on_eight_devices_as_the_table_says(folder):
       transformer.abstract_params(config),
       sharding.parameter_shardings(mesh, transformer.logical_axes(config)))
   seen = []
-  params = series.params(NAMES[2], abstract, seen.append)
+  checkpoint = series.checkpoint(NAMES[2])
+  params = place_streamed(checkpoint.read, abstract, seen.append)
   for path, leaf in jax.tree.leaves_with_path(params):
     name = sharding.path_name(path)
-    np.testing.assert_array_equal(leaf, series.leaf(NAMES[2], name), err_msg=name)
+    np.testing.assert_array_equal(leaf, checkpoint.read(name), err_msg=name)
     assert seen.pop(0) == name
   q = params['blocks']['attention']['q']
   assert q.sharding.shard_shape(q.shape) == (2, 16, 1, 16)
@@ -160,7 +163,7 @@ from research.errors import UserError
 for location in sys.argv[1:]:
   try:
     series = PublicSeries(*location.split(':'))
-    print(series.names, float(series.leaf(series.names[0], 'final_norm.scale').sum()))
+    print(series.names, float(series.checkpoint(series.names[0]).read('final_norm.scale').sum()))
   except UserError as error:
     print('error:', error)
 '''
@@ -182,7 +185,7 @@ def read_hub(hub: Hub, cache: pathlib.Path, *locations: str) -> list[str]:
 
 def test_a_repository_is_fetched_once_and_known_without_a_network(folder, tmp_path):
   hub = Hub(folder)
-  expected = float(PublicSeries(str(folder)).leaf(NAMES[1], 'final_norm.scale').sum())
+  expected = float(PublicSeries(str(folder)).checkpoint(NAMES[1]).read('final_norm.scale').sum())
   wanted = f'{[NAMES[1], NAMES[0], NAMES[2]]} {expected}'
   assert read_hub(hub, tmp_path, 'owner/model') == [wanted]
   fetched = [line for line in hub.asked if line.startswith('GET') and 'resolve' in line]
