@@ -7,6 +7,7 @@ from typing import Any
 
 from research.errors import UserError
 from research.run_dir import RunDir
+from research.training.recorder import IN_STEP
 
 NEVER = 10**9  # steps between what is not to happen
 
@@ -31,8 +32,8 @@ def pretrain(experiment: str, run_dir: RunDir, settings: dict[str, Any]) -> floa
 def window(rows: list[dict[str, Any]], skip: int, phase: str = '') -> float:
   """Returns the wall seconds between the rows of step `skip` and of the last step.
 
-  A row's `seconds` leave out the phases of its step other than waiting for data; together they
-  are the time since the row before.
+  A row's `seconds` leave out the phases that are not IN_STEP; together they are the time since the
+  row before.
 
   Args:
     rows: of timings.jsonl, one per step.
@@ -43,4 +44,4 @@ def window(rows: list[dict[str, Any]], skip: int, phase: str = '') -> float:
   if phase:
     return sum(row.get(phase, 0.0) for row in rows)
   return sum(value for row in rows for name, value in row.items()
-             if name == 'seconds' or (name.endswith('_seconds') and name != 'data_seconds'))
+             if name == 'seconds' or (name.endswith('_seconds') and name not in IN_STEP))

@@ -142,7 +142,7 @@ def _experts(records):
 
 
 def _speed(records):
-  """Totals over all steps; phases other than waiting for data are not part of a step's seconds."""
+  """Totals over all steps; of the phases only data and batch hash are part of a step's seconds."""
   timings, rows = records.timings, []
   if 'tokens_per_second' in timings:
     speed = np.median(timings['tokens_per_second'].values)

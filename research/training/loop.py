@@ -130,7 +130,6 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
   manifest['peak'] = recorder.peak
   chain = Chain(config, manifest['hashes'], parent_facts(checkpoints, restored, manifest['parent']),
                 Window(first, built.local_rows(), built.owned_rows()))
-  # First, as it drops the snapshots after `kept`: what is left the watch reads.
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
   watch = Watch(config, inputs.items, source.tokenizer, source.start_id, built, run_dir, kept)

@@ -42,7 +42,7 @@ class Observation:
 
   def step(self, step: int, metrics: dict[str, jax.Array], local: dict[str, np.ndarray]) -> None:
     """Takes in a step that was dispatched; its row is written while the next one is computed."""
-    with self.recorder.phase('hash'):
+    with self.recorder.phase('batch_hash'):
       self._chain.window.add(step, local)
     self._write_row()
     self._dispatched = step, metrics

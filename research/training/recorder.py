@@ -19,6 +19,9 @@ from research.training.skipped import Skipped
 from research.training.span import Span
 from research.training.watchdog import Watchdog
 
+# Phases that every step has: waiting for its batch, and hashing it while devices compute.
+IN_STEP = ('data_seconds', 'batch_hash_seconds')
+
 
 class Recorder:
   """Writes one metrics row and one timings row per step, and a row per held-out evaluation.
@@ -126,10 +129,10 @@ class Recorder:
   def _time_step(self) -> tuple[float, dict[str, float]]:
     """Returns the step's own seconds, and those of each phase, since the last call.
 
-    Waiting for data belongs to a step, other phases stand beside it.
+    The phases IN_STEP belong to it, others stand beside it.
     """
     now = time.perf_counter()
     phases, self._phases = self._phases, {}
-    beside = sum(seconds for name, seconds in phases.items() if name != 'data_seconds')
+    beside = sum(seconds for name, seconds in phases.items() if name not in IN_STEP)
     seconds, self._lap = max(now - self._lap - beside, 1e-9), now
     return seconds, phases

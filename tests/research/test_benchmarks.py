@@ -119,7 +119,8 @@ def test_interval_is_that_of_order_statistics(n, low, high, coverage):
 def test_window_is_the_wall_time_between_two_rows():
   rows = [
       {'step': 1, 'seconds': 50.0, 'data_seconds': 1.0},
-      {'step': 2, 'seconds': 2.0, 'data_seconds': 0.5, 'mfu': 7.0, 'tokens_per_second': 9.0},
+      {'step': 2, 'seconds': 2.0, 'data_seconds': 0.5, 'mfu': 7.0, 'tokens_per_second': 9.0,
+       'batch_hash_seconds': 0.125},
       {'step': 3, 'seconds': 3.0, 'save_seconds': 0.25, 'monitor_seconds': 0.5}]
   assert run_cost.window(rows, skip=1) == 5.75
   assert run_cost.window(rows, skip=1, phase='monitor_seconds') == 0.5
