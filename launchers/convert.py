@@ -17,9 +17,9 @@ import pathlib
 from absl import flags
 
 from launchers import flags as shared
+from research.dynamics.conversion import export_run, find_source, import_run
 from research.errors import UserError
 from research.run_dir import RunDir
-from research.training.conversion import export_run, find_source, import_run
 
 SOURCE = flags.DEFINE_string(
     'source', '', 'a checkpoint\'s folder, a folder of revisions, or owner/repository')

@@ -18,10 +18,10 @@ its findings alone.
 from absl import flags
 
 from launchers import flags as shared
+from research.dynamics.monitoring import monitor_series
 from research.dynamics.public_trajectory import PATTERN, PublicTrajectory
 from research.errors import UserError
 from research.run_dir import RunDir
-from research.training.monitoring import monitor_series
 
 SOURCE = flags.DEFINE_string('source', '', 'a folder of revisions, or owner/repository')
 REVISIONS = flags.DEFINE_string(

@@ -17,12 +17,12 @@ from research import config as config_lib
 from research.data import tokenizers
 from research.data.microworld import WORDS
 from research.data.tokenizers import word_tokenizer
+from research.dynamics import conversion
 from research.dynamics.audit_location import audit_location
+from research.dynamics.conversion import export_run, find_source, import_run
 from research.errors import UserError
 from research.monitors import table
 from research.run_dir import RunDir
-from research.training import conversion
-from research.training.conversion import export_run, find_source, import_run
 from research.training.snapshots import SnapshotReader
 from research.training.start import find_parent
 from research.training.stored import INVENTORY, DamagedError

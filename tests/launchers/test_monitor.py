@@ -16,6 +16,7 @@ import tokenizers
 
 from models import transformer
 from models.interop.checkpoint import HfCheckpoint, leaf_shapes
+from research.dynamics import monitoring
 from research.dynamics import pieces
 from research.dynamics.audit_location import audit_location
 from research.dynamics.public import UnusableError
@@ -24,7 +25,6 @@ from research.dynamics.revisions import parse
 from research.dynamics.trajectory import open_trajectory
 from research.errors import UserError
 from research.run_dir import RunDir
-from research.training import monitoring
 from tests.models import hf_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

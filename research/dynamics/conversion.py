@@ -18,6 +18,8 @@ from research import config as config_lib
 from research.config import ExperimentConfig
 from research.data import tokenizers
 from research.data.tokenizers import Tokenizer
+from research.dynamics.imports import (
+    Imported, Progress, check_settings, describe, imported_config, prepared)
 from research.dynamics.public import TOKENIZER, open_checkpoint
 from research.dynamics.revisions import FILES, Repository, parse, place_of
 from research.errors import UserError
@@ -27,8 +29,6 @@ from research.training import hashes
 from research.training import manifest as manifest_lib
 from research.training import snapshots as snapshots_lib
 from research.training.checkpoints import Checkpoints
-from research.training.imports import (
-    Imported, Progress, check_settings, describe, imported_config, prepared)
 from research.training.provenance import Chain, Window
 from research.training.snapshots import SnapshotReader, SnapshotWriter
 from research.training.streaming import place_streamed

@@ -11,6 +11,8 @@ import jax
 
 from research.dynamics.audit_content import Finding
 from research.dynamics.audit_location import audit_public
+from research.dynamics.imports import (
+    Imported, Progress, check_settings, describe, imported_config, prepared)
 from research.dynamics.public import UnusableError
 from research.dynamics.public_trajectory import PublicTrajectory
 from research.errors import UserError
@@ -18,8 +20,6 @@ from research.monitors import table
 from research.reports.report import build_report
 from research.run_dir import RunDir, write_whole
 from research.training import manifest as manifest_lib
-from research.training.imports import (
-    Imported, Progress, check_settings, describe, imported_config, prepared)
 from research.training.logs import JsonLines, duration, read_rows
 from research.training.streaming import place_streamed
 
