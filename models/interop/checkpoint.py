@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from models.interop.configs import family_of, hf_config, model_config
 from models.interop.families import Family
 from models.interop.files import CONFIG, WeightFiles, read_json
-from models.interop.layout import Box, Row, Sizes, sizes_of, source, tensor_of, tensor_shape
+from models.interop.layout import Box, Row, sizes_of, source, tensor_of, tensor_shape
 
 HEAD = 'embedding.output'
 

@@ -67,7 +67,8 @@ def start_facts(step: int, changes: dict[str, Any]) -> dict[str, Any]:
   return {'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'from_step': step,
           'command': sys.argv, 'commit': _git('rev-parse', 'HEAD'),
           'diff': _git('diff', 'HEAD'),
-          'untracked': _git('ls-files', '--others', '--exclude-standard').splitlines(), 'machine': machine_facts(), 'changes': changes}
+          'untracked': _git('ls-files', '--others', '--exclude-standard').splitlines(),
+          'machine': machine_facts(), 'changes': changes}
 
 
 def read(run_dir: RunDir) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from research.monitors import table
 from research.monitors.items import MonitorItem
 from research.monitors.published_score import (
     PublishedScorer, compare, compare_stored, encode_published)
-from research.monitors.scoring import Scorer, Scores
+from research.monitors.scoring import Scores
 from research.monitors.watch import rescore
 from research.run_dir import RunDir
 from research.training.loop import train
