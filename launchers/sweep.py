@@ -6,7 +6,8 @@
 
 A sweep is a module of experiments/ with get_configs(). Each member is `--experiment=<sweep>/<name>`
 for launchers.pretrain and writes to <root>/<sweep>/<name>. Repeating the command resumes: finished
-members are skipped, an interrupted one goes on.
+members are skipped, an interrupted one goes on. Ends with code 85 where members were stopped with
+their state saved, and none failed.
 """
 
 import concurrent.futures
@@ -20,7 +21,7 @@ import time
 from absl import flags
 
 from launchers import flags as shared
-from research.errors import UserError
+from research.errors import PREEMPTED, Stopped, UserError
 from research.reports.seeds import seeds_report
 from research.run_dir import RunDir
 from research.training.logs import duration
@@ -32,8 +33,8 @@ JOBS = flags.DEFINE_integer('jobs', 1, 'members that run at a time, each on its 
                             'cores', lower_bound=1)
 
 
-def run_all(members: dict[str, RunDir]) -> list[str]:
-  """Runs the members, JOBS at a time; returns the names of those that failed."""
+def run_all(members: dict[str, RunDir]) -> tuple[list[str], list[str]]:
+  """Runs the members, JOBS at a time; returns the names of those that failed, and were stopped."""
   cores, shares = sorted(os.sched_getaffinity(0)), queue.SimpleQueue()
   for i in range(JOBS.value):
     shares.put(cores[i::JOBS.value])
@@ -45,7 +46,7 @@ def run_all(members: dict[str, RunDir]) -> list[str]:
          f'--experiment={EXPERIMENT.value}/{name}', *shared.override_arguments()],
         check=False).returncode
 
-  failed = []
+  ended = {'done': [], 'stopped': [], 'FAILED': []}
   # A worker thread takes its share of the cores for itself, and its child processes inherit it.
   with concurrent.futures.ThreadPoolExecutor(
       JOBS.value, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
@@ -54,10 +55,10 @@ def run_all(members: dict[str, RunDir]) -> list[str]:
       n_done += 1
       left = (time.monotonic() - began) / n_done * (len(members) - n_done)
       name = futures[future]
-      failed += [name] if future.result() else []
-      print(f'[{n_done}/{len(members)}] {name} {"FAILED" if future.result() else "done"}; '
-            f'ETA of the sweep {duration(left)}', flush=True)
-  return failed
+      how = {0: 'done', PREEMPTED: 'stopped'}.get(future.result(), 'FAILED')
+      ended[how].append(name)
+      print(f'[{n_done}/{len(members)}] {name} {how}; ETA of the sweep {duration(left)}', flush=True)
+  return ended['FAILED'], ended['stopped']
 
 
 def _finished(pool, futures):
@@ -76,12 +77,16 @@ def main() -> None:
     raise UserError(f'--only={unknown[0]}: not in {EXPERIMENT.value}; it has {", ".join(names)}')
   names = [name for name in names if not ONLY.value or name in ONLY.value]
   if JOBS.value > len(os.sched_getaffinity(0)):
-    raise UserError(f'--jobs={JOBS.value} is more than the {len(os.sched_getaffinity(0))} cores')
+    n_cores = len(os.sched_getaffinity(0))
+    raise UserError(f'--jobs={JOBS.value} is more than the {n_cores} cores')
   folder = pathlib.Path(ROOT.value) / EXPERIMENT.value
   members = {name: RunDir(folder / name) for name in names}
-  if failed := run_all(members):
+  failed, stopped = run_all(members)
+  if failed:
     raise UserError(f'{", ".join(failed)} failed; mend it and repeat the command, finished runs are '
                     'kept')
+  if stopped:
+    raise Stopped(f'{", ".join(stopped)} stopped, saved; repeat the command to go on', PREEMPTED)
   print(seeds_report(list(members.values())))
 
 
