@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import pyarrow.parquet as pq
@@ -30,6 +30,7 @@ from research.training import manifest as manifest_lib
 from research.training.checkpoints import Checkpoints
 from research.training.logs import read_rows
 from research.training.snapshots import SnapshotReader
+from research.training.stored import DamagedError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EVERY = {'checkpoints.every': 6, 'checkpoints.snapshot_every': 4, 'evals.every': 10}
@@ -212,16 +213,15 @@ def differences(whole: RunDir, other: RunDir) -> list[str]:
   if last not in with_states[1].steps:
     found.append(f'checkpoint {last} is missing')
   for step in sorted(set(with_states[0].steps) & set(with_states[1].steps)):
-    states = [checkpoints.restore(step, built.abstract_state) for checkpoints in with_states]
-    found += [f'checkpoint {step}: {name}' for name in verify.differences(*states)]
+    found += _differing(f'checkpoint {step}', lambda checkpoints: checkpoints.restore(
+        step, built.abstract_state), with_states)
   for checkpoints in with_states:
     checkpoints.close()
   readers = [SnapshotReader(run_dir.snapshots) for run_dir in (whole, other)]
   if readers[0].steps != readers[1].steps:
     return [*found, f'snapshots of steps {readers[1].steps} instead of {readers[0].steps}']
   for step in readers[0].steps:
-    found += [f'snapshot {step}: {name}' for name in verify.differences(
-        *(reader.params(step, built.params) for reader in readers))]
+    found += _differing(f'snapshot {step}', lambda reader: reader.params(step, built.params), readers)
   steps = [table.score_steps(run_dir.monitor_scores) for run_dir in (whole, other)]
   if steps[0] != steps[1]:
     return [*found, f'scores of steps {steps[1]} instead of {steps[0]}']
@@ -230,6 +230,14 @@ def differences(whole: RunDir, other: RunDir) -> list[str]:
               for run_dir in (whole, other)]
     found += [] if scores[0].equals(scores[1]) else [f'scores of step {step}']
   return found
+
+
+def _differing(what: str, read: Callable[[Any], Any], readers: Sequence[Any]) -> list[str]:
+  """Returns the leaves in which two trees differ, or that one of them is damaged."""
+  try:
+    return [f'{what}: {name}' for name in verify.differences(*map(read, readers))]
+  except DamagedError as error:
+    return [f'{what}: {error}']
 
 
 def _built(run_dir: RunDir) -> build_lib.Build:

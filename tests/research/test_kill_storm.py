@@ -76,7 +76,8 @@ def test_what_is_lost_would_be_found(stormed, tmp_path):
   text = run_dir.metrics_jsonl.read_text(encoding='utf-8')
   run_dir.metrics_jsonl.write_text(text.replace(repr(rows[7]['loss']), '1.0'), encoding='utf-8')
   name = 'final_norm.scale'
-  leaf = SnapshotReader(run_dir.snapshots).leaf(8, name)
+  reader = SnapshotReader(run_dir.snapshots)
+  leaf, file = reader.leaf(8, name), reader.file_of(8, name)
   value = leaf.read().result()
   leaf.write(np.nextafter(value, np.float32(9), dtype=np.float32)).result()
   try:
@@ -84,4 +85,5 @@ def test_what_is_lost_would_be_found(stormed, tmp_path):
   finally:
     run_dir.metrics_jsonl.write_text(text, encoding='utf-8')
     leaf.write(value).result()
-  assert found == ['metrics.jsonl: rows differ', "snapshot 8: ['final_norm']['scale']"]
+  assert found == ['metrics.jsonl: rows differ', f'snapshot 8: {file}: {name} of step 8 does not '
+                   'have the content that was saved']
