@@ -43,6 +43,7 @@ class RunDir:
     self.parity_json = self.monitors / 'parity.json'
     self.hops_json = self.path / 'hops.json'
     self.states_parquet = self.path / 'states.parquet'
+    self.captures_json = self.path / 'captures.json'
     self.persona_jsonl = self.path / 'persona.jsonl'
     self.report_html = self.path / 'report.html'
     self.figures = self.path / 'figures'

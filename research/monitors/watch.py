@@ -112,7 +112,8 @@ class Watch:
   def _remember(self, step: int, scores: Scores) -> list[table.ContextSummary]:
     """Shows a snapshot to the suspicion; returns its summary."""
     rows = table.summary(self.items, step, scores)
-    self._suspects.add(table.dataset_means([row for row in rows if not row.is_control], 'margin'))
+    watched = [row for row in rows if not row.is_control]
+    self._suspects.add(step, table.dataset_means(watched, 'margin'))
     return rows
 
 
