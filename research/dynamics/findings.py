@@ -126,6 +126,7 @@ def _dataset(dataset: Dataset, steps: list[int], tokens: Mapping[int, int]) -> d
       'name': dataset.name, 'family': dataset.family, 'is_control': dataset.is_control,
       'n_items': dataset.n_items, 'n_contexts': len(dataset.contexts),
       'variants': list(dataset.variants), 'least_detectable': round(judged.least_detectable, 4),
+      'is_blind': judged.is_blind,
       'tolerance': judged.tolerance,
       'occupancy': {state.name: round(share, 4) for state, share in judged.occupancy.items()},
       'dwell_steps': {state.name: times for state, times in judged.dwell_times.items()},
@@ -168,7 +169,8 @@ def _told_dataset(row: Mapping[str, Any], states: str, metric: str) -> list[str]
   occupancy = ', '.join(f'{name.lower()} {share:.0%}' for name, share in row['occupancy'].items())
   lines = [f'{row["name"]} ({row["n_items"]} items, {row["n_contexts"]} contexts, '
            f'{len(row["variants"])} variants{control})', f'  {states}',
-           f'  {occupancy}; least detectable hop {row["least_detectable"]:.2f} in {metric}']
+           f'  {occupancy}; least detectable hop {row["least_detectable"]:.2f} in {metric}'
+           + (': it scatters too much for any to be seen' if row['is_blind'] else '')]
   visits = '; '.join(f'{name.lower()} {" ".join(f"{time:,.0f}" for time in times)}'
                      for name, times in row['dwell_steps'].items() if times)
   lines += [f'  steps of each visit: {visits}'] if visits else []

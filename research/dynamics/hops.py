@@ -47,6 +47,7 @@ class DatasetHops:
     occupancy: share of the checkpoints in each state.
     dwell_times: of each visit to a confident state, in steps.
     least_detectable: change of a lone hop found with a power of 0.95.
+    is_blind: whether that is more than the metric can change, so that no hop could be seen.
     tolerance: distance from the center that two ways of scoring leave open.
   """
 
@@ -58,6 +59,7 @@ class DatasetHops:
   occupancy: dict[State, float]
   dwell_times: dict[State, list[float]]
   least_detectable: float
+  is_blind: bool
   tolerance: float
 
   @property
@@ -129,7 +131,8 @@ def hops_of_run(curves: Curves, metric: str = 'margin',
   alone = [variant.hops for variant in alone if variant is not None]
   names, levels = list(detected.hops), detected.levels
   tolerance_K1 = _tolerances(names, parity or {})
-  all_states = states(levels, METRICS[metric][0], tolerance_K1)
+  center, (low, high) = METRICS[metric]
+  all_states = states(levels, center, tolerance_K1)
   least = detector.least_detectable(detected.series)
   rows = []
   for k, name in enumerate(names):
@@ -140,7 +143,7 @@ def hops_of_run(curves: Curves, metric: str = 'margin',
         name, detected.is_control[name], Levels(levels.mean[k], levels.error[k],
                                                 float(levels.degrees[k, 0])),
         all_states[k], called, occupancy(all_states[k]), dwell_times(all_states[k], curves.steps),
-        float(least[k]), float(tolerance_K1[k, 0])))
+        float(least[k]), bool(least[k] > high - low), float(tolerance_K1[k, 0])))
   left_out = tuple(name for name in _by_dataset(whole) if name not in names)
   return RunHops(tuple(rows), left_out, coherence(levels.mean.T))
 

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from research.dynamics.analysis import Analysis, Dataset
-from research.dynamics.controls import ControlState
 from research.reports import words
 from research.reports.records import Records, Series
 
@@ -38,8 +37,8 @@ def build_payload(analysis: Analysis, records: Records) -> dict[str, Any]:
       'tokenSteps': rounded(np.array([0, *np.linspace(1, last, 200)]), 1),
       'snapshots': steps.tolist(),
       'stride': stride,
-      'datasets': [_dataset(dataset, analysis.steps, stride) for dataset in analysis.datasets],
-      'controls': _controls(analysis.controls, analysis.control_datasets, stride),
+      'datasets': [_dataset(dataset, analysis, stride) for dataset in analysis.datasets],
+      'controls': _controls(analysis, stride),
       'training': _panels(records),
       'others': _other_panels(records),
   }
@@ -80,12 +79,13 @@ def _band(band, stride):
           'high': rounded(band.high[::stride])}
 
 
-def _dataset(dataset: Dataset, steps: np.ndarray, stride: int):
+def _dataset(dataset: Dataset, analysis: Analysis, stride: int):
+  steps = analysis.steps
   return {
       'name': dataset.name, 'title': words.title(dataset.name),
       'verdict': words.verdict(dataset)[0],
       'accuracy': _band(dataset.accuracy, stride), 'margin': _band(dataset.margin, stride),
-      'ribbon': _ribbon(dataset, stride),
+      'ribbon': _ribbon(dataset, analysis, stride),
       'contexts': [
           {'label': f'{context.dataset}, seed {context.seed} ({context.n_items} items)',
            'accuracy': rounded(dataset.accuracy_TC[::stride, i]),
@@ -99,22 +99,26 @@ def _dataset(dataset: Dataset, steps: np.ndarray, stride: int):
           for called in (dataset.judged.hops if dataset.judged else ())]}
 
 
-def _ribbon(dataset: Dataset, stride: int) -> list:
-  """States from -1 to 1 by snapshot; accuracy on the same scale where there are none."""
+def _ribbon(dataset: Dataset, analysis: Analysis, stride: int) -> list:
+  """States from -1 to 1 by snapshot; accuracy on the same scale where no dataset has states."""
   if dataset.judged:
     return dataset.judged.states[::stride].tolist()
+  if analysis.hops:
+    return [None] * len(analysis.steps[::stride])
   return rounded(2 * dataset.accuracy.mean[::stride] - 1)
 
 
-def _controls(controls: ControlState | None, datasets: tuple[Dataset, ...], stride: int):
+def _controls(analysis: Analysis, stride: int):
+  controls = analysis.controls
   if controls is None:
     return None
   return {
       'mean': rounded(controls.accuracy[::stride]), 'level': controls.level,
       'tolerance': controls.tolerance, 'settled': controls.settled_step,
-      'datasets': [{'title': words.title(dataset.name), 'ribbon': _ribbon(dataset, stride),
+      'datasets': [{'title': words.title(dataset.name), 'ribbon': _ribbon(dataset, analysis, stride),
                     'label': f'{dataset.name} ({dataset.n_items} items)',
-                    'accuracy': rounded(dataset.accuracy.mean[::stride])} for dataset in datasets]}
+                    'accuracy': rounded(dataset.accuracy.mean[::stride])}
+                   for dataset in analysis.control_datasets]}
 
 
 def _panels(records):

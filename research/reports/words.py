@@ -164,8 +164,10 @@ def _other_datasets(analysis):
 
 def _least(analysis):
   """What could have been seen."""
-  least = [dataset.judged.least_detectable for dataset in analysis.datasets if dataset.judged]
-  if not least:
-    return []
-  return [f'The least hop that would have been found with a power of 95% is {min(least):.2f} to '
-          f'{max(least):.2f} in margin, by dataset.']
+  judged = [dataset.judged for dataset in analysis.datasets if dataset.judged]
+  least = [row.least_detectable for row in judged if not row.is_blind]
+  blind = [title(row.name) for row in judged if row.is_blind]
+  return ([f'The least hop that would have been found with a power of 95% is {min(least):.2f} to '
+           f'{max(least):.2f} in margin, by dataset.'] if least else []) + (
+               [f'{listing(blind)}: too much scatter for any hop to be seen with that power.']
+               if blind else [])

@@ -112,7 +112,7 @@ def test_stored_snapshots_are_scored_in_both_ways_once(short_run):
   encoded = encode_items(items, tokenizers.load(short_run.tokenizer_json), 64)
   table.write_item_table(short_run.monitor_items, items, encoded)
   assert parity.read_parity(short_run) is None
-  assert parity.default_steps(short_run) == [7, 15, 22, 30]
+  assert parity.default_steps(short_run) == [7, 15, 23, 30]
   got = parity.measure(short_run, [30])
   assert parity.read_parity(short_run) == got
   assert set(got.shift) == {'successive', 'flipped'}

@@ -9,7 +9,6 @@ import shutil
 import types
 
 import jax
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +17,6 @@ from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research.data.edits import parse_edit
 from research.dynamics import bisect as bisect_lib
-from research.dynamics import captures
 from research.dynamics import verify
 from research.dynamics.audit_location import audit_location
 from research.dynamics.counterfactual import as_csv, compare, counterfactual
@@ -39,20 +37,7 @@ from research.training.snapshots import SnapshotReader
 from tests.research.replay_runs import N_STEPS, SWITCHES, content, monitor, switching_run
 
 DENSE = [('checkpoints.snapshot_every', '1')]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Programs that are the same in all runs of this file are compiled once."""
-  names = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla')),
-           'jax_persistent_cache_min_compile_time_secs': 0}
-  before = {name: getattr(jax.config, name) for name in names}
-  for name, value in names.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  reset_cache()
+pytestmark = pytest.mark.usefixtures('compilation_cache')
 
 
 @pytest.fixture(scope='module')
@@ -401,26 +386,3 @@ def test_a_run_of_four_devices_again_on_four_and_on_one(tmp_path):
            for row in read_rows(other.metrics_jsonl)]
   assert 0 < max(abs(a - b) for a, b in pairs) < 1e-4  # f32: sums over devices in other orders
   assert json.loads(other.manifest_json.read_text())['mesh']['fsdp'] == 1
-
-
-def test_suspected_hops_are_captured_to_one_step(runs, scored, tmp_path, capsys):
-  """The margin of the witness, scored at every step of training, says where each change is."""
-  _, margin = scored
-  shutil.copytree(runs[0].path, tmp_path / 'run')
-  run_dir = RunDir(tmp_path / 'run')
-  before = content(run_dir.path)
-  done = captures.capture(run_dir, 2)
-  assert done and len(done) == min(2, len(captures.suspects_of(run_dir)))
-  for one in done:
-    assert one.suspect.before <= one.found[0] < one.found[1] <= one.suspect.after
-    assert one.found[1] == one.found[0] + 1
-    assert np.sign(margin[one.found[0]]) != np.sign(margin[one.found[1]])
-    # A checkpoint of every 10 steps is kept: the replay begins at the one before the snapshot.
-    assert one.n_replayed == one.suspect.after - one.suspect.before // 10 * 10
-    assert one.run_dir.startswith(f'{run_dir.path}-capture-')
-  assert f'{len(done)} of at most 2 captures' in capsys.readouterr().out
-  stored = json.loads(run_dir.captures_json.read_text())
-  assert [row['found'] for row in stored] == [list(one.found) for one in done]
-  assert before == {name: hashed for name, hashed in content(run_dir.path).items()
-                    if name != run_dir.captures_json.name}
-  assert [one.found for one in captures.capture(run_dir, 1)] == [done[0].found]
