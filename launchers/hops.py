@@ -14,10 +14,10 @@ from absl import flags
 
 from launchers import flags as shared
 from research.dynamics import findings as findings_lib
-from research.dynamics import parity as parity_lib
 from research.dynamics.analysis import analyze
 from research.dynamics.curves import read_variants
 from research.dynamics.hops import METRICS, check_enough
+from research.dynamics.parity_scoring import parity_of
 from research.errors import UserError
 from research.reports.report import build_report
 from research.run_dir import RunDir
@@ -28,24 +28,15 @@ PARITY_STEPS = flags.DEFINE_list('parity_steps', [], 'snapshots to score in floa
                                  'default: what was measured before, else four')
 
 
-def _parity(run_dir: RunDir) -> parity_lib.Parity | None:
-  """Returns what was measured before or is now; None where no weights are stored."""
-  if not all(step.isdecimal() for step in PARITY_STEPS.value):
-    raise UserError(f'--parity_steps={",".join(PARITY_STEPS.value)} must be whole numbers')
-  stored = parity_lib.read_parity(run_dir)
-  steps = [int(step) for step in PARITY_STEPS.value] or parity_lib.default_steps(run_dir)
-  if not steps or (stored and not PARITY_STEPS.value):
-    return stored
-  return parity_lib.measure(run_dir, steps)
-
-
 def main() -> None:
   run_dir = RunDir(RUN_DIR.value)
   if not RUN_DIR.value or not run_dir.monitor_items.exists():
     raise UserError(f'--run_dir={RUN_DIR.value!r} is not the directory of a monitored run')
+  if not all(step.isdecimal() for step in PARITY_STEPS.value):
+    raise UserError(f'--parity_steps={",".join(PARITY_STEPS.value)} must be whole numbers')
   curves = read_variants(run_dir.monitor_items, run_dir.monitor_scores)
   check_enough(curves)
-  parity = _parity(run_dir)
+  parity = parity_of(run_dir, [int(step) for step in PARITY_STEPS.value])
   analysis = analyze(curves, parity.tolerance(METRIC.value) if parity else None, METRIC.value)
   found = findings_lib.findings(analysis, findings_lib.tokens_by_step(run_dir), METRIC.value, parity)
   findings_lib.write_findings(run_dir, analysis, found)

@@ -12,7 +12,7 @@ import pytest
 
 from research import config as config_lib
 from research.data import tokenizers
-from research.dynamics import findings, parity
+from research.dynamics import findings, parity, parity_scoring
 from research.dynamics.analysis import analyze
 from research.dynamics.curves import read_variants
 from research.errors import UserError
@@ -112,15 +112,16 @@ def test_stored_snapshots_are_scored_in_both_ways_once(short_run):
   encoded = encode_items(items, tokenizers.load(short_run.tokenizer_json), 64)
   table.write_item_table(short_run.monitor_items, items, encoded)
   assert parity.read_parity(short_run) is None
-  assert parity.default_steps(short_run) == [7, 15, 23, 30]
-  got = parity.measure(short_run, [30])
+  assert parity_scoring.default_steps(short_run) == [7, 15, 23, 30]
+  got = parity_scoring.parity_of(short_run, [30])
   assert parity.read_parity(short_run) == got
   assert set(got.shift) == {'successive', 'flipped'}
   # bfloat16 keeps eight bits: probabilities differ by less than a few times 2**-8, but differ.
   assert all(0 < shift < 0.02 for shift in got.shift.values())
   assert all(0 <= share < 1 for share in got.share.values())
   with pytest.raises(UserError, match='step 31: no such snapshot'):
-    parity.measure(short_run, [31])
+    parity_scoring.parity_of(short_run, [31])
+  assert parity_scoring.parity_of(short_run) == got  # Nothing is scored again.
 
 
 def test_suspicion_finds_sides_that_are_held():
