@@ -4,8 +4,8 @@
   python -m launchers.pretrain --experiment=text --config.data.text.paths=a.txt,b.jsonl.zst
   python -m launchers.pretrain --experiment=quickstart --config.seed=1 --run_dir=runs/seed1
 
-With --config.monitors.captures=N (and checkpoints.keep=0) up to N suspected hops are bracketed to one
-step by replay when the run has ended, each in a directory beside it.
+With --config.monitors.captures=N (and checkpoints.keep=0) up to N suspected hops are bracketed to
+one step by replay when the run has ended, each in a directory beside it.
 Repeating a command resumes an interrupted run; a finished one prints where its report is. SIGTERM
 and Ctrl-C finish the step, save and end with code 85 (a second Ctrl-C leaves at once, with 130);
 too many skipped steps in a row (--config.guards.stop_after) save and end it with code 3, bad input

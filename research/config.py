@@ -70,8 +70,8 @@ class ExperimentConfig:
                        f'model.context_length={self.model.context_length}')
     if self.monitors.captures and self.checkpoints.keep:
       raise ValueError(f'monitors.captures={self.monitors.captures} replays from the checkpoint '
-                       f'before a hop, but checkpoints.keep={self.checkpoints.keep} may have removed '
-                       'it; set --config.checkpoints.keep=0')
+                       f'before a hop, but checkpoints.keep={self.checkpoints.keep} may have '
+                       'removed it; set --config.checkpoints.keep=0')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Monitor scores of a run as accuracy and margin curves, one per demonstration context or variant."""
+"""Monitor scores of a run as accuracy and margin curves, by demonstration context and variant."""
 
 import dataclasses
 import pathlib

@@ -1,7 +1,7 @@
 """The hops of a monitored run: every dataset's states, hops and what could have been seen.
 
-The detector sees contexts with their prompt variants pooled. It is then asked again of every variant
-alone, and a hop is told with the number of variants in which it is found.
+The detector sees contexts with their prompt variants pooled. It is then asked again of every
+variant alone, and a hop is told with the number of variants in which it is found.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ def least_checkpoints() -> int:
 
 
 def check_enough(curves: Curves) -> None:
-  """Raises UserError where a run has too few checkpoints, or contexts in every dataset, for a hop."""
+  """Raises UserError where checkpoints, or contexts in every dataset, are too few for a hop."""
   if len(curves.steps) < least_checkpoints():
     raise UserError(f'{len(curves.steps)} scored checkpoints are too few to tell a hop; '
                     f'{least_checkpoints()} are needed: score more of them')

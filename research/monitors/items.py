@@ -71,8 +71,8 @@ def check_items(items: Sequence[MonitorItem]) -> None:
     kind = item.family, item.is_control
     if kinds.setdefault(item.dataset, kind) != kind:
       raise UserError(f'monitor item {item.item_id!r}: dataset {item.dataset!r} has '
-                      f'(family, is_control) {kind} here and {kinds[item.dataset]} before; a dataset '
-                      'is one curve, name them apart')
+                      f'(family, is_control) {kind} here and {kinds[item.dataset]} before; a '
+                      'dataset is one curve, name them apart')
     if item.item_id in seen:
       raise UserError(f'monitor item {item.item_id!r} occurs twice; ids must be unique')
     seen.add(item.item_id)

@@ -1,7 +1,7 @@
 """Suspected hops while a run goes on: a margin that changes sides. No error rates, no confirmation.
 
-What is a hop the detector says afterwards, from both flanks (research/dynamics/detector.py); this is
-for the line of progress and for captures.
+What is a hop the detector says afterwards, from both flanks (research/dynamics/detector.py); this
+is for the line of progress and for captures.
 """
 
 from collections.abc import Mapping

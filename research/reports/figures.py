@@ -34,7 +34,7 @@ def write_figures(run_dir: RunDir, analysis: Analysis, records: Records) -> list
 
 
 def datasets_figure(analysis: Analysis) -> Figure:
-  """Returns small multiples: every dataset's accuracy, contexts, states and hops on one step axis."""
+  """Returns small multiples: accuracy, contexts, states and hops of every dataset by step."""
   datasets = analysis.datasets
   n_columns = min(3, len(datasets))
   n_rows = -(-len(datasets) // n_columns)

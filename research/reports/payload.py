@@ -115,7 +115,8 @@ def _controls(analysis: Analysis, stride: int):
   return {
       'mean': rounded(controls.accuracy[::stride]), 'level': controls.level,
       'tolerance': controls.tolerance, 'settled': controls.settled_step,
-      'datasets': [{'title': words.title(dataset.name), 'ribbon': _ribbon(dataset, analysis, stride),
+      'datasets': [{'title': words.title(dataset.name),
+                    'ribbon': _ribbon(dataset, analysis, stride),
                     'label': f'{dataset.name} ({dataset.n_items} items)',
                     'accuracy': rounded(dataset.accuracy.mean[::stride])}
                    for dataset in analysis.control_datasets]}

@@ -131,7 +131,8 @@ def _example(example):
 
 def _controls(analysis):
   calm = analysis.controls.calm
-  badge = f'<span class="verdict {"generalizing" if calm else "restless"}">{_calm_word(calm)}</span>'
+  kind = 'generalizing' if calm else 'restless'
+  badge = f'<span class="verdict {kind}">{_calm_word(calm)}</span>'
   rows = ''.join(_control_row(name, state) for name, state in analysis.control_states.items())
   table = _table(('Control', '#Items', '#Level', '#Tolerance', '#Settled at step',
                   '#Largest deviation', 'After settling'), rows)
@@ -173,7 +174,8 @@ def _hop_row(index, dataset, called, steps, records):
   cells = (
       escape(words.title(dataset.name)), f'<span class="mark-{mark[0]}">{mark[1]}</span>',
       f'#{before:,} to {after:,}', '#–' if tokens is None else f'#{words.short(tokens[0])}',
-      f'#{hop.change:+.2f}', f'#{hop.adjusted_p:.2g}', f'#{called.n_agreeing} of {called.n_variants}',
+      f'#{hop.change:+.2f}', f'#{hop.adjusted_p:.2g}',
+      f'#{called.n_agreeing} of {called.n_variants}',
       controls[hop.is_calm], role)
   panel = 'panel-controls' if dataset.is_control else f'dataset-{index}'
   return _row(cells, f' tabindex="0" data-panel="{panel}" data-from="{before}" data-to="{after}"')

@@ -72,7 +72,7 @@ def held(dataset: Dataset) -> str:
 
 
 def verdict(dataset: Dataset) -> tuple[str, str]:
-  """Returns (kind, words) of one dataset: 'hopping', 'generalizing', 'shortcut', 'mixed', 'unsaid'."""
+  """Returns (kind, words) of one dataset: 'hopping', 'unsaid' or what `held` says."""
   if dataset.judged is None:
     return 'unsaid', 'too little to say'
   if dataset.n_hops:

@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-  """A line on stderr with step, loss, speed, MFU, ETA and suspected hops; rewritten on a terminal."""
+  """A line on stderr: step, loss, speed, MFU, ETA, suspected hops; rewritten on a terminal."""
 
   def __init__(self, n_steps: int, start_step: int, every_seconds: float):
     self._n_steps, self._start_step = n_steps, start_step

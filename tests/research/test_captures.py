@@ -1,4 +1,4 @@
-"""Captures of planted hops: text switches at a known step, and margins are read back from Parquet."""
+"""Captures of planted hops: text switches at a known step; margins are read from Parquet."""
 
 import dataclasses
 import json

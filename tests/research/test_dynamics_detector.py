@@ -242,6 +242,10 @@ def test_what_parity_leaves_open_is_no_hop():
   curves = Curves(steps, contexts, margin_TC + 0.5, margin_TC)
   a, b = hops.hops_of_run(curves, parity={'b': 0.25}).datasets
   assert len(a.hops) == 1 and not b.hops and not b.states.any() and b.tolerance == 0.25
+  assert not a.is_blind
+  loud_TC = 0.8 * np.random.default_rng(11).choice([-1., 1.], (60, 12))
+  assert all(row.is_blind and not row.hops for row in hops.hops_of_run(
+      Curves(steps, contexts, loud_TC / 2 + 0.5, loud_TC)).datasets)
 
 
 def test_change_points_are_where_levels_move():

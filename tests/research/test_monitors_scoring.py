@@ -39,7 +39,7 @@ def model(vocab_size: int, context_length: int, kind: str = 'plain'):
 
 @functools.cache
 def word_items() -> list[MonitorItem]:
-  """Returns a few items of the micro-world: contexts with shared prefixes, in two variants, and none."""
+  """Returns a few items of the micro-world: two contexts with shared prefixes, and zero-shot."""
   chosen = [('successive', 0), ('repetitive', 1), ('single_hop', 0)]
   return [item for item in microworld_items(MicroworldConfig(), 64)
           if (item.dataset, item.seed) in chosen and int(item.item_id[-3:]) < 6
