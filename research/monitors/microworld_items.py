@@ -4,8 +4,8 @@ Every demonstration context (seed) comes in prompt variants, all of them documen
 has them. With demonstrations: `plain`; `redrawn`, others of the same kind; `rearranged`, the same
 in the reverse order, or, where the order is the pattern, with the terms of every sum exchanged;
 `six` and `five`, fewer of them. A variant asks questions of its own, so that variants which agree
-do not owe it to a draw of questions. Problems are worded with each of their nouns, persons tell their clues in
-every order. Zero-shot sums and opinions have one wording.
+do not owe it to a draw of questions. Problems are worded with each of their nouns, persons tell
+their clues in every order. Zero-shot sums and opinions have one wording.
 """
 
 import itertools
