@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pandas as pd
@@ -9,23 +10,28 @@ import pytest
 
 from research import overrides
 from research.dynamics import captures
+from research.monitors.items import write_items
 from research.run_dir import RunDir
 from research.training.loop import train
-from tests.research.replay_runs import content, switching_run
+from tests.research.replay_runs import content, monitor, switching_run
 
 pytestmark = pytest.mark.usefixtures('compilation_cache')
 EVERY = 10  # steps between full checkpoints
-SWITCH = 40  # from this batch on, a letter equals itself and no longer 'z'
+SWITCH = 40  # from this batch on, every letter equals 'y' and no longer 'z'
 
 
 def planted(folder, seed: int) -> RunDir:
   """Returns a finished run with a snapshot of every sixth step whose text switches once."""
   config = switching_run(folder)
+  same, zed = config.data.text.paths
+  pathlib.Path(same).write_text(pathlib.Path(zed).read_text().replace('=z', '=y'))
+  items = folder / 'items.jsonl'
+  write_items([dataclasses.replace(item, generalizing='y') for item in monitor()], items)
   text = dataclasses.replace(config.data.text, schedule=((0., 0., 1.), (float(SWITCH), 1., 0.)))
   config = dataclasses.replace(
-      config, n_steps=96, seed=seed, model=dataclasses.replace(config.model, dropout=0.),
+      config, n_steps=108, seed=seed, model=dataclasses.replace(config.model, dropout=0.),
       data=dataclasses.replace(config.data, batch_size=16, text=text),
-      optimizer=dataclasses.replace(config.optimizer, peak_lr=6e-3, schedule='constant'))
+      optimizer=dataclasses.replace(config.optimizer, peak_lr=3e-3, schedule='constant'))
   run_dir = RunDir(folder / 'run')
   train(config, run_dir)
   return run_dir
@@ -66,9 +72,9 @@ def test_suspected_hops_are_captured_to_one_step(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(1, 10))
-def test_ten_planted_runs_are_captured(tmp_path, seed):
-  """With the one above: the change of each is bracketed to a step."""
+@pytest.mark.parametrize('seed', range(1, 5))
+def test_planted_runs_are_captured(tmp_path, seed):
+  """With the one above five planted runs; the change of each is bracketed to a step."""
   run_dir = planted(tmp_path, seed)
   done = captures.capture(run_dir, 1)
   assert len(done) == 1
