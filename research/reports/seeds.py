@@ -62,15 +62,16 @@ def seeds_table(runs: Sequence[SeedRun]) -> str:
 
 def hop_sentences(runs: Sequence[SeedRun]) -> str:
   """Returns, per dataset, its confirmed hops run by run, and on how many the controls were calm."""
-  lines = []
+  lines, n_still = [], 0
   for name in dataset_names(runs):
-    hops = [dataset.n_hops for run in runs for dataset in run.analysis.datasets
-            if dataset.name == name]
+    judged = [dataset for run in runs for dataset in run.analysis.datasets
+              if dataset.name == name and dataset.judged]
+    hops = [dataset.n_hops for dataset in judged]
     if any(hops):
       lines.append(f'- {words.title(name)}: hops on {sum(map(bool, hops))} of '
-                   f'{words.count(len(runs), "run")} ({", ".join(map(str, hops))})')
-  still = len(dataset_names(runs)) - len(lines)
-  lines.append(f'- {words.count(still, "dataset")} without a hop on any run')
+                   f'{words.count(len(hops), "run")} ({", ".join(map(str, hops))})')
+    n_still += bool(judged) and not any(hops)
+  lines.append(f'- {words.count(n_still, "dataset")} without a hop on any run')
   calm = sum(run.analysis.controls is not None and run.analysis.controls.calm for run in runs)
   lines.append(f'- Controls: calm on {calm} of {words.count(len(runs), "run")}')
   return '\n'.join(lines) + '\n'
