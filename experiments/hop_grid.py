@@ -1,4 +1,4 @@
-"""Are there i.i.d. settings (share, size, learning rate) in which swings recur?
+"""Are there i.i.d. settings (share, size, learning rate) in which hops recur?
 
 Command:  python -m launchers.sweep --experiment=hop_grid
 Hardware: two CPU cores. Time: 1 to 4 minutes a run, 8 runs.

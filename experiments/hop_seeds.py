@@ -1,12 +1,12 @@
-"""How often do Successive and Repetitive swing over five fresh training seeds?
+"""How often do datasets hop over five fresh training seeds?
 
 Command:  python -m launchers.sweep --experiment=hop_seeds
 Hardware: two CPU cores. Time: 25 minutes with --jobs=2 (11 runs).
 Data:     quickstart (drifting shares), quickstart_iid (constant shares), five seeds each, and one
           of quickstart_plain (no pattern documents). A seed sets initialization, documents and
           drift; seeds 0 to 2 were used while building and are left out.
-Expected: quickstart: at least three swings after the first rise, in both families, on at least
-          four seeds. quickstart_iid: open. quickstart_plain: none.
+Expected: open; quickstart_plain: no hop. NOTEBOOK.md has what an earlier rule, alternating extremes
+          of accuracy held for two snapshots, said of the same runs.
 """
 
 import dataclasses

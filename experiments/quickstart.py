@@ -5,8 +5,9 @@ Hardware: two CPU cores. Time: under 4 minutes of training and monitoring.
 Model:    2 layers, width 64; 2,400 steps of 3,072 tokens (7.4M tokens).
 Data:     the micro-world; the shares of Successive and Repetitive documents drift by windows of
           60 steps (log-normal, sd 1.5), all else is i.i.d.
-Expected: Successive and Repetitive swing between shortcut and general answers several times after
-          their first rise; the controls stay calm.
+Expected: Flipped is known by heart and then hops to the labels of the context, in all five prompt
+          variants; Successive and Repetitive change sides with the windows, seldom for long enough
+          to be a hop; no control hops.
 """
 
 from models.config import ModelConfig

@@ -3,8 +3,7 @@
 Command:  python -m launchers.pretrain --experiment=quickstart_iid
 Hardware: two CPU cores. Time: under 4 minutes of training and monitoring.
 Model:    as quickstart. Data: as quickstart with constant shares.
-Expected: open. A probe with one seed saw one swing with smaller moves around it; NOTEBOOK.md has
-          what five seeds show.
+Expected: open; NOTEBOOK.md has what five seeds show.
 """
 
 import dataclasses

@@ -4,6 +4,8 @@
   python -m launchers.pretrain --experiment=text --config.data.text.paths=a.txt,b.jsonl.zst
   python -m launchers.pretrain --experiment=quickstart --config.seed=1 --run_dir=runs/seed1
 
+With --config.monitors.captures=N (and checkpoints.keep=0) up to N suspected hops are bracketed to
+one step by replay when the run has ended, each in a directory beside it.
 Repeating a command resumes an interrupted run; a finished one prints where its report is. SIGTERM
 and Ctrl-C finish the step, save and end with code 85 (a second Ctrl-C leaves at once, with 130);
 too many skipped steps in a row (--config.guards.stop_after) save and end it with code 3, bad input
@@ -22,6 +24,7 @@ import jax
 
 from launchers import flags as shared
 from parallelism import distributed
+from research.dynamics.captures import capture
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.training.loop import train
@@ -41,7 +44,12 @@ def main() -> None:
   except ValueError as error:
     raise UserError(str(error)) from error
   path = RUN_DIR.value or pathlib.Path('runs') / EXPERIMENT.value
+  if config.monitors.captures and jax.process_count() > 1:
+    raise UserError('monitors.captures takes one process, as a replay does; leave it at 0 here and '
+                    'use launchers.bisect')
   train(config, RunDir(path, jax.process_index()))
+  if config.monitors.captures:
+    capture(RunDir(path), config.monitors.captures)
   distributed.finish()
 
 

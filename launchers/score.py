@@ -46,7 +46,7 @@ def main() -> None:
   for step, scores in watch.rescore(config, tokenizer, manifest['start_id'], built, run_dir, steps):
     if not watch.scored_path(run_dir, step).exists():
       table.write_scores(run_dir.monitor_scores, step, scores)
-      accuracy = table.dataset_accuracy(table.summary(items, step, scores))
+      accuracy = table.dataset_means(table.summary(items, step, scores), 'accuracy')
       print(f'step {step}: scored, accuracy', *(f'{k} {v:.3f}' for k, v in accuracy.items()))
       n_equal += 1
       continue

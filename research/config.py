@@ -31,6 +31,12 @@ class MonitorConfig:
   suite: A[str, "'microworld', 'none', the path of an item file (.jsonl or .parquet), or the "
            'published suite: a folder or owner/dataset of the hub'] = 'none'
   batch_rows: A[int, 'rows scored at a time, at most'] = 256
+  captures: A[int, 'suspected hops that are bracketed to one step by replay when the run ends, '
+              'confirmed ones first; takes checkpoints.keep=0'] = 0
+
+  def __post_init__(self):
+    if self.captures < 0:
+      raise ValueError(f'monitors.captures={self.captures} must not be negative')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,10 @@ class ExperimentConfig:
     if self.data.sequence_length > self.model.context_length:
       raise ValueError(f'data.sequence_length={self.data.sequence_length} is longer than '
                        f'model.context_length={self.model.context_length}')
+    if self.monitors.captures and self.checkpoints.keep:
+      raise ValueError(f'monitors.captures={self.monitors.captures} replays from the checkpoint '
+                       f'before a hop, but checkpoints.keep={self.checkpoints.keep} may have '
+                       'removed it; set --config.checkpoints.keep=0')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The control gate: a swing is claimed only while ordinary documents' monitors stay calm."""
+"""The control gate: a hop is confirmed only while ordinary documents' monitors stay calm."""
 
 import dataclasses
 
 import numpy as np
 
-from research.dynamics.swings import Swing
+from research.dynamics.curves import Curves
 
 POINTS = 0.03  # accuracy; the least tolerance around the controls' own level
 STANDARD_ERRORS = 4.0
@@ -63,14 +63,12 @@ def control_state(steps: np.ndarray, accuracy: np.ndarray, n_items: int) -> Cont
   return ControlState(steps, accuracy, n_items, level, tolerance, settled)
 
 
-def is_claimed(swing: Swing, controls: ControlState | None) -> bool | None:
-  """Returns whether the controls were calm around a swing; None where there are no controls.
-
-  Looked at: the snapshots from `leave_step` to `arrive_step` and one more on either side, as
-  both levels of a swing are held for two.
-  """
-  if controls is None:
+def controls_of(curves: Curves, dataset: str | None = None) -> ControlState | None:
+  """Returns the state of a run's control items, all or those of a dataset; None without any."""
+  index = [i for i, context in enumerate(curves.contexts)
+           if context.is_control and dataset in (None, context.dataset)]
+  if not index:
     return None
-  first = max(int(np.searchsorted(controls.steps, swing.leave_step)) - 1, 0)
-  last = int(np.searchsorted(controls.steps, swing.arrive_step, side='right'))
-  return bool(np.all(controls.inside[first:last + 1]))
+  n_items = np.array([curves.contexts[i].n_items for i in index])
+  return control_state(curves.steps, curves.accuracy_TC[:, index] @ n_items / n_items.sum(),
+                       int(n_items.sum()))

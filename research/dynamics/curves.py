@@ -1,4 +1,4 @@
-"""Monitor scores of a run as accuracy and margin curves, one per demonstration context."""
+"""Monitor scores of a run as accuracy and margin curves, by demonstration context and variant."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from research.errors import UserError
 
-_ITEM_COLUMNS = ('item', 'family', 'dataset', 'seed', 'is_control')
+_ITEM_COLUMNS = ('item', 'family', 'dataset', 'seed', 'variant', 'is_control')
 _SCORE_COLUMNS = ('step', 'item', 'logp_generalizing', 'logp_shortcut')
 
 
@@ -19,13 +19,17 @@ class ScoresError(UserError):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Context:
-  """One demonstration context: the items of one dataset that share a seed."""
+  """One demonstration context: the items of one dataset that share a seed.
+
+  `variant` names the prompt variant where the context's items of one are meant alone.
+  """
 
   family: str
   is_control: bool
   dataset: str
   seed: int
   n_items: int
+  variant: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +45,48 @@ class Curves:
   accuracy_TC: np.ndarray
   margin_TC: np.ndarray
 
+  def at(self, kept: list[int]) -> 'Curves':
+    """Returns the contexts of these indices."""
+    return Curves(self.steps, tuple(self.contexts[i] for i in kept), self.accuracy_TC[:, kept],
+                  self.margin_TC[:, kept])
+
 
 def read_curves(items_path: pathlib.Path, scores_dir: pathlib.Path) -> Curves:
-  """Returns the curves of a run; no snapshots and no contexts where nothing was scored.
+  """Returns the curves of a run, prompt variants pooled; see `read_variants`."""
+  return pooled(read_variants(items_path, scores_dir))
+
+
+def pooled(curves: Curves) -> Curves:
+  """Returns the curves of contexts over all items of their prompt variants."""
+  key = lambda context: (context.family, context.is_control, context.dataset, context.seed)
+  n_items = {}
+  for context in curves.contexts:
+    n_items[key(context)] = n_items.get(key(context), 0) + context.n_items
+  index = {name: i for i, name in enumerate(n_items)}
+  shares_CP = np.zeros((len(curves.contexts), len(n_items)))
+  for c, context in enumerate(curves.contexts):
+    shares_CP[c, index[key(context)]] = context.n_items / n_items[key(context)]
+  return Curves(curves.steps, tuple(Context(*name, n) for name, n in n_items.items()),
+                curves.accuracy_TC @ shares_CP, curves.margin_TC @ shares_CP)
+
+
+def variants_of(curves: Curves) -> dict[str, list[str]]:
+  """Returns the names of every dataset's prompt variants in order."""
+  names: dict[str, set[str]] = {}
+  for context in curves.contexts:
+    names.setdefault(context.dataset, set()).add(context.variant)
+  return {dataset: sorted(variants) for dataset, variants in names.items()}
+
+
+def of_variant(curves: Curves, number: int) -> Curves:
+  """Returns the curves of the prompt variant of this number of every dataset that has as many."""
+  names = variants_of(curves)
+  return curves.at([i for i, context in enumerate(curves.contexts)
+                    if context.variant in names[context.dataset][number:number + 1]])
+
+
+def read_variants(items_path: pathlib.Path, scores_dir: pathlib.Path) -> Curves:
+  """Returns the curves of every context and variant; none where nothing was scored.
 
   Files are read one at a time, so memory stays at one snapshot whatever the run's length.
 
@@ -81,12 +124,12 @@ def _contexts(path):
     raise ScoresError(f'{path}: item {item_ids[1:][np.diff(item_ids) == 0][0]} occurs twice')
   keys = list(zip(
       table['family'].to_pylist(), table['is_control'].to_pylist(),
-      table['dataset'].to_pylist(), table['seed'].to_pylist()))
+      table['dataset'].to_pylist(), table['seed'].to_pylist(), table['variant'].to_pylist()))
   names = sorted(set(keys))
   index = {name: i for i, name in enumerate(names)}
   context_of = np.array([index[key] for key in keys])
   counts = np.bincount(context_of)
-  contexts = tuple(Context(*name, n_items=int(n)) for name, n in zip(names, counts))
+  contexts = tuple(Context(*name[:4], int(n), name[4]) for name, n in zip(names, counts))
   return item_ids, context_of, contexts
 
 

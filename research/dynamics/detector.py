@@ -131,13 +131,15 @@ def series_of_errors(mean: np.ndarray, error: np.ndarray) -> Series:
                 np.maximum(of_items, contrasts.common_noise(mean, DWELL, ACCURACIES)))
 
 
-def windows(series: Series, center: np.ndarray | float = 0.0, tolerance: float = 0.0) -> Windows:
+def windows(series: Series, center: np.ndarray | float = 0.0,
+            tolerance: np.ndarray | float = 0.0) -> Windows:
   """Returns what every window says; false discoveries are controlled within each trajectory.
 
   Args:
     series: of one trajectory (K, T), or of many with leading axes.
     center: between the two states: 0 of margins, 0.5 of accuracies; or of each dataset, (K, 1).
-    tolerance: distance from the center that parity of two scorings leaves open.
+    tolerance: distance from the center that parity of two scorings leaves open; of all datasets, or
+      of each, (K, 1).
   """
   contrast = contrasts.step_contrasts(series.mean, DWELL)
   excess = np.maximum(np.abs(contrast) - ALLOWANCE - 2 * tolerance, 0)

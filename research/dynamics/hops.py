@@ -1,16 +1,37 @@
-"""The hops of a monitored run: every dataset's states, hops and what could have been seen."""
+"""The hops of a monitored run: every dataset's states, hops and what could have been seen.
+
+The detector sees contexts with their prompt variants pooled. It is then asked again of every
+variant alone, and a hop is told with the number of variants in which it is found.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from research.dynamics import contrasts, detector
-from research.dynamics.controls import ControlState, control_state
-from research.dynamics.curves import Curves
-from research.dynamics.states import Levels, State, dwell_times, occupancy, over_contexts, states
+from research.dynamics.controls import ControlState, controls_of
+from research.dynamics.curves import Curves, of_variant, pooled, variants_of
+from research.dynamics.states import (
+    Levels, State, coherence, dwell_times, occupancy, over_contexts, states)
+from research.errors import UserError
 
 METRICS = {'margin': (0.0, detector.MARGINS), 'accuracy': (0.5, detector.ACCURACIES)}
+
+
+class CalledHop(NamedTuple):
+  """A hop and the prompt variants that show it.
+
+  Attributes:
+    hop: as the detector called it; `hop.is_confirmed` unless controls forbid it.
+    n_agreeing: prompt variants of the dataset in which it is confirmed.
+    n_variants: prompt variants that have enough contexts to say.
+  """
+
+  hop: detector.Hop
+  n_agreeing: int
+  n_variants: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,92 +41,166 @@ class DatasetHops:
   Attributes:
     name: of the dataset.
     is_control: whether it is one that should not hop.
+    levels: means and standard errors at every checkpoint, (T,).
     states: of `State`, (T,), false discoveries controlled over all datasets and checkpoints.
-    hops: called ones; those that controls forbid are not `is_confirmed`.
+    hops: called ones; those that controls forbid are not confirmed.
     occupancy: share of the checkpoints in each state.
     dwell_times: of each visit to a confident state, in steps.
     least_detectable: change of a lone hop found with a power of 0.95.
+    is_blind: whether that is more than the metric can change, so that no hop could be seen.
+    tolerance: distance from the center that two ways of scoring leave open.
   """
 
   name: str
   is_control: bool
+  levels: Levels
   states: np.ndarray
-  hops: tuple[detector.Hop, ...]
+  hops: tuple[CalledHop, ...]
   occupancy: dict[State, float]
   dwell_times: dict[State, list[float]]
   least_detectable: float
+  is_blind: bool
+  tolerance: float
+
+  @property
+  def confirmed(self) -> tuple[CalledHop, ...]:
+    """The hops that no restless control speaks against."""
+    return tuple(called for called in self.hops if called.hop.is_confirmed)
 
 
-def hops_of_run(curves: Curves, metric: str = 'margin', parity: float = 0.0
-                ) -> tuple[list[DatasetHops], list[str]]:
-  """Returns what every dataset did, and the datasets with too few contexts to say.
+@dataclasses.dataclass(frozen=True)
+class RunHops:
+  """What the detector says of a run.
+
+  Attributes:
+    datasets: those with enough contexts, in order of name.
+    left_out: names of those with too few.
+    coherence_KK: correlations between the levels of the datasets; NaN where one never moves.
+  """
+
+  datasets: tuple[DatasetHops, ...]
+  left_out: tuple[str, ...]
+  coherence_KK: np.ndarray
+
+
+class _Detected(NamedTuple):
+  """The series, single levels and hops by name of datasets with enough contexts."""
+
+  series: detector.Series
+  levels: Levels
+  is_control: dict[str, bool]
+  hops: dict[str, list[detector.Hop]]
+
+
+def least_checkpoints() -> int:
+  """Returns how many checkpoints a run needs before a hop can be told."""
+  return contrasts.least_checkpoints(detector.DWELL)
+
+
+def check_enough(curves: Curves) -> None:
+  """Raises UserError where checkpoints, or contexts in every dataset, are too few for a hop."""
+  if len(curves.steps) < least_checkpoints():
+    raise UserError(f'{len(curves.steps)} scored checkpoints are too few to tell a hop; '
+                    f'{least_checkpoints()} are needed: score more of them')
+  counts = {name: len(index) for name, index in _by_dataset(pooled(curves)).items()}
+  if max(counts.values()) < detector.LEAST_CONTEXTS:
+    raise UserError(f'no dataset has {detector.LEAST_CONTEXTS} demonstration contexts (seeds); '
+                    f'there are {counts}')
+
+
+def hops_of_run(curves: Curves, metric: str = 'margin',
+                parity: Mapping[str, float] | None = None) -> RunHops:
+  """Returns what every dataset did.
 
   Controls forbid the hops of other datasets only. Items of controls are pooled.
 
   Args:
-    curves: context means along the run.
+    curves: of contexts, or of contexts by prompt variant, along the run.
     metric: of `METRICS`.
-    parity: bound of what two ways of scoring may differ by, in units of the metric.
+    parity: by dataset, bound of what two ways of scoring may differ by, in units of the metric.
 
   Raises:
-    ValueError: too few checkpoints, or no dataset has enough contexts.
+    UserError: too few checkpoints, or no dataset has enough contexts.
   """
-  center, bounds = METRICS[metric]
-  values_TC = curves.margin_TC if metric == 'margin' else curves.accuracy_TC
-  groups: dict[str, list[int]] = {}
-  for i, context in enumerate(curves.contexts):
-    groups.setdefault(context.dataset, []).append(i)
-  names = [name for name, index in groups.items() if len(index) >= detector.LEAST_CONTEXTS]
-  if not names:
-    raise ValueError(f'no dataset has {detector.LEAST_CONTEXTS} demonstration contexts; there are '
-                     f'{ {name: len(index) for name, index in groups.items()} }')
-  parts, single = [], []
-  for name in names:
-    n_items = np.array([curves.contexts[i].n_items for i in groups[name]], np.float64)
-    weights = n_items / n_items.sum()
-    values = values_TC[:, groups[name]]
-    parts.append(detector.series_of_contexts(values, weights, bounds))
-    single.append(over_contexts(values, weights))
-  series = detector.Series(np.stack([part.mean for part in parts]),
-                           _stacked([part.flanks for part in parts]),
-                           np.stack([part.noise for part in parts]))
-  found = detector.windows(series, center, parity)
-  calm = _controls(curves)
-  is_control = [curves.contexts[groups[name][0]].is_control for name in names]
-  forbidding = detector.find_hops(found, series.mean, curves.steps, calm)
-  free = detector.find_hops(found, series.mean, curves.steps)
-  all_states = states(_stacked(single), center, parity)
-  least = detector.least_detectable(series)
-  rows = [
-      DatasetHops(
-          name, is_control[k], all_states[k],
-          tuple(hop for hop in (free if is_control[k] else forbidding) if hop.dataset == k),
-          occupancy(all_states[k]), dwell_times(all_states[k], curves.steps), float(least[k]))
-      for k, name in enumerate(names)]
-  return rows, [name for name in groups if name not in names]
+  check_enough(curves)
+  whole = pooled(curves)
+  controls = controls_of(whole)
+  detected = _detected(whole, metric, parity or {}, controls)
+  alone = [_detected(of_variant(curves, number), metric, parity or {}, controls)
+           for number in range(max(map(len, variants_of(curves).values())))]
+  alone = [variant.hops for variant in alone if variant is not None]
+  names, levels = list(detected.hops), detected.levels
+  tolerance_K1 = _tolerances(names, parity or {})
+  center, (low, high) = METRICS[metric]
+  all_states = states(levels, center, tolerance_K1)
+  least = detector.least_detectable(detected.series)
+  rows = []
+  for k, name in enumerate(names):
+    others = [hops[name] for hops in alone if name in hops]
+    called = tuple(CalledHop(hop, agreement(others, hop), len(others))
+                   for hop in detected.hops[name])
+    rows.append(DatasetHops(
+        name, detected.is_control[name], Levels(levels.mean[k], levels.error[k],
+                                                float(levels.degrees[k, 0])),
+        all_states[k], called, occupancy(all_states[k]), dwell_times(all_states[k], curves.steps),
+        float(least[k]), bool(least[k] > high - low), float(tolerance_K1[k, 0])))
+  left_out = tuple(name for name in _by_dataset(whole) if name not in names)
+  return RunHops(tuple(rows), left_out, coherence(levels.mean.T))
 
 
 def agreement(by_variant: Sequence[Sequence[detector.Hop]], hop: detector.Hop) -> int:
-  """Returns in how many prompt variants a hop of this dataset, direction and time was confirmed.
+  """Returns in how many prompt variants a dataset's hop of this direction and time was confirmed.
 
   The same time means that its brackets are at most `contrasts.block_length` checkpoints apart.
+
+  Args:
+    by_variant: the hops of the same dataset in each of its variants.
+    hop: of the dataset.
   """
   near = contrasts.block_length(detector.DWELL)
   return sum(
-      any(other.is_confirmed and other.dataset == hop.dataset and other.direction == hop.direction
+      any(other.is_confirmed and other.direction == hop.direction
           and abs(other.before - hop.before) <= near for other in hops)
       for hops in by_variant)
+
+
+def _by_dataset(curves: Curves) -> dict[str, list[int]]:
+  groups: dict[str, list[int]] = {}
+  for i, context in enumerate(curves.contexts):
+    groups.setdefault(context.dataset, []).append(i)
+  return groups
+
+
+def _detected(curves: Curves, metric: str, parity: Mapping[str, float],
+              controls: ControlState | None) -> _Detected | None:
+  """The detector's view of curves; None where no dataset has enough contexts."""
+  center, bounds = METRICS[metric]
+  values_TC = curves.margin_TC if metric == 'margin' else curves.accuracy_TC
+  groups = {name: index for name, index in _by_dataset(curves).items()
+            if len(index) >= detector.LEAST_CONTEXTS}
+  if not groups:
+    return None
+  parts, single = [], []
+  for index in groups.values():
+    n_items = np.array([curves.contexts[i].n_items for i in index], np.float64)
+    parts.append(detector.series_of_contexts(values_TC[:, index], n_items / n_items.sum(), bounds))
+    single.append(over_contexts(values_TC[:, index], n_items / n_items.sum()))
+  series = detector.Series(np.stack([part.mean for part in parts]),
+                           _stacked([part.flanks for part in parts]),
+                           np.stack([part.noise for part in parts]))
+  found = detector.windows(series, center, _tolerances(list(groups), parity))
+  is_control = {name: curves.contexts[index[0]].is_control for name, index in groups.items()}
+  gated = detector.find_hops(found, series.mean, curves.steps, controls)
+  free = detector.find_hops(found, series.mean, curves.steps)
+  hops = {name: [hop for hop in (free if is_control[name] else gated) if hop.dataset == k]
+          for k, name in enumerate(groups)}
+  return _Detected(series, _stacked(single), is_control, hops)
+
+
+def _tolerances(names: Sequence[str], parity: Mapping[str, float]) -> np.ndarray:
+  return np.array([[parity.get(name, 0.0)] for name in names])
 
 
 def _stacked(levels: list[Levels]) -> Levels:
   return Levels(np.stack([one.mean for one in levels]), np.stack([one.error for one in levels]),
                 np.array([[float(one.degrees)] for one in levels]))
-
-
-def _controls(curves: Curves) -> ControlState | None:
-  index = [i for i, context in enumerate(curves.contexts) if context.is_control]
-  if not index:
-    return None
-  n_items = np.array([curves.contexts[i].n_items for i in index])
-  return control_state(curves.steps, curves.accuracy_TC[:, index] @ n_items / n_items.sum(),
-                       int(n_items.sum()))

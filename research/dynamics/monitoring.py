@@ -198,7 +198,7 @@ def _score(trajectory: PublicTrajectory, run_dir: RunDir, imported: Imported, wa
     trajectory.close(step)
     end, tokens = time.perf_counter(), trajectory.tokens(step)
     timings.append({'step': step, 'read_seconds': read - start, 'monitor_seconds': end - read})
-    rows.append({'step': step, 'hops': watch.n_swings} | (
+    rows.append({'step': step, 'suspected_hops': watch.n_suspected} | (
         {} if tokens is None else {'tokens': tokens}))
     left = (end - began) / number * (len(trajectory.steps) - number)
     curves = ' '.join(f'{dataset} {value:.3f}' for dataset, value in accuracy.items())

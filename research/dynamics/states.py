@@ -31,7 +31,7 @@ class Levels:
     half = stats.t.ppf(0.5 + confidence / 2, self.degrees) * self.error
     return self.mean - half, self.mean + half
 
-  def p_values(self, center: float, tolerance: float = 0.0) -> np.ndarray:
+  def p_values(self, center: float, tolerance: np.ndarray | float = 0.0) -> np.ndarray:
     """Returns two-sided p-values of a mean within `tolerance` of the center."""
     distance = np.maximum(np.abs(self.mean - center) - tolerance, 0)
     with np.errstate(divide='ignore', invalid='ignore'):
@@ -56,7 +56,7 @@ def over_contexts(values: np.ndarray, weights: np.ndarray) -> Levels:
   return Levels(mean, np.sqrt(variance), n_contexts - 1)
 
 
-def states(levels: Levels, center: float, tolerance: float = 0.0) -> np.ndarray:
+def states(levels: Levels, center: float, tolerance: np.ndarray | float = 0.0) -> np.ndarray:
   """Returns the `State` of every level, as integers, false discoveries controlled over them all.
 
   A level is confident where it lies beyond the tolerance around the center with a p-value that

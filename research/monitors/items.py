@@ -63,11 +63,16 @@ SCHEMA = pa.schema([
 
 
 def check_items(items: Sequence[MonitorItem]) -> None:
-  """Raises UserError when there are no items or two share an id."""
+  """Raises UserError when there are no items, two share an id, or a dataset is not of one kind."""
   if not items:
     raise UserError('there are no monitor items; a suite needs at least one')
-  seen = set()
+  seen, kinds = set(), {}
   for item in items:
+    kind = item.family, item.is_control
+    if kinds.setdefault(item.dataset, kind) != kind:
+      raise UserError(f'monitor item {item.item_id!r}: dataset {item.dataset!r} has '
+                      f'(family, is_control) {kind} here and {kinds[item.dataset]} before; a '
+                      'dataset is one curve, name them apart')
     if item.item_id in seen:
       raise UserError(f'monitor item {item.item_id!r} occurs twice; ids must be unique')
     seen.add(item.item_id)

@@ -172,13 +172,19 @@ def summary(items: Sequence[MonitorItem], step: int, scores: Scores) -> list[Con
       for (family, dataset, seed, is_control), members in contexts.items()]
 
 
-def dataset_accuracy(rows: Sequence[ContextSummary]) -> dict[str, float]:
-  """Returns the accuracy over all items of each dataset, from the rows of one checkpoint."""
+def margins(scores: Scores) -> np.ndarray:
+  """Returns the probability of the generalizing answer minus that of the shortcut, by item."""
+  good, short = (np.exp(np.asarray(logp, np.float64)) for logp in scores)
+  return good - short
+
+
+def dataset_means(rows: Sequence[ContextSummary], measure: str) -> dict[str, float]:
+  """Returns the accuracy or margin over all items of each dataset, from rows of one checkpoint."""
   totals: dict[str, tuple[float, int]] = {}
   for row in rows:
-    right, n_items = totals.get(row.dataset, (0.0, 0))
-    totals[row.dataset] = (right + row.accuracy * row.n_items, n_items + row.n_items)
-  return {dataset: right / n_items for dataset, (right, n_items) in totals.items()}
+    total, n_items = totals.get(row.dataset, (0.0, 0))
+    totals[row.dataset] = (total + getattr(row, measure) * row.n_items, n_items + row.n_items)
+  return {dataset: total / n_items for dataset, (total, n_items) in totals.items()}
 
 
 def _write_whole(table: pa.Table, path: pathlib.Path) -> None:

@@ -1,20 +1,17 @@
-"""The monitors of one run: which items it watches, their scores by snapshot, its hops so far."""
+"""The monitors of one run: which items it watches, their scores by snapshot, hops it suspects."""
 
-import collections
 import pathlib
 from typing import Any
-
-import numpy as np
 
 from research.build import Build
 from research.config import ExperimentConfig
 from research.data.tokenizers import Tokenizer
-from research.dynamics.swings import after_first_rise, find_swings
 from research.monitors import published, table
 from research.monitors.items import ITEM_SUFFIXES, MonitorItem, check_items, read_items
 from research.monitors.microworld_items import microworld_items
 from research.monitors.published_score import PublishedScorer
 from research.monitors.scoring import Scorer, Scores
+from research.monitors.suspects import Suspects
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader, cast
 from research.training.divisions import replicas
@@ -62,7 +59,7 @@ def score_snapshot(scorer: Scorer, built: Build, stored: Any) -> Scores:
 
 
 class Watch:
-  """Scores every snapshot while training runs, and keeps count of hops."""
+  """Scores every snapshot while training runs, and counts suspected hops."""
 
   def __init__(self, config: ExperimentConfig, items: list[MonitorItem], tokenizer: Tokenizer,
                start_id: int | None, built: Build, run_dir: RunDir, kept: int):
@@ -73,9 +70,7 @@ class Watch:
     """
     self.items = items
     self._built, self._folder = built, run_dir.monitor_scores
-    self.n_swings = 0
-    self._steps: list[int] = []
-    self._accuracy: dict[str, list[float]] = collections.defaultdict(list)
+    self._suspects = Suspects()
     for step in table.score_steps(self._folder):
       if step > kept:
         scored_path(run_dir, step).unlink()
@@ -107,22 +102,18 @@ class Watch:
     if self._published:  # first: a step counts as scored when the joint scores stand
       self._published.write(step, stored)
     table.write_scores(self._folder, step, scores)
-    return table.dataset_accuracy(self._remember(step, scores))
+    return table.dataset_means(self._remember(step, scores), 'accuracy')
+
+  @property
+  def n_suspected(self) -> int:
+    """Hops suspected so far."""
+    return self._suspects.n_suspected
 
   def _remember(self, step: int, scores: Scores) -> list[table.ContextSummary]:
-    """Adds a snapshot to the curves and counts their swings after each family's first rise."""
+    """Shows a snapshot to the suspicion; returns its summary."""
     rows = table.summary(self.items, step, scores)
-    right, total = collections.Counter(), collections.Counter()
-    for row in rows:
-      if not row.is_control:
-        right[row.family] += row.accuracy * row.n_items
-        total[row.family] += row.n_items
-    self._steps.append(step)
-    for family, n_items in total.items():
-      self._accuracy[family].append(right[family] / n_items)
-    self.n_swings = sum(
-        len(after_first_rise(find_swings(np.array(self._steps), np.array(accuracy))))
-        for accuracy in self._accuracy.values() if len(self._steps) > 2)
+    watched = [row for row in rows if not row.is_control]
+    self._suspects.add(step, table.dataset_means(watched, 'margin'))
     return rows
 
 

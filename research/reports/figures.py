@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from research.dynamics.analysis import Analysis, Family
+from research.dynamics.analysis import Analysis, Dataset
+from research.dynamics.states import State
 from research.reports import words
 from research.reports.palette import LIGHT
 from research.reports.records import Records
@@ -16,11 +17,11 @@ _STYLE = {'color': LIGHT['ink'], 'linewidth': 1.6}
 
 
 def write_figures(run_dir: RunDir, analysis: Analysis, records: Records) -> list[pathlib.Path]:
-  """Writes families.png, controls.png and loss.png where there is something in them."""
+  """Writes datasets.png, controls.png and loss.png where there is something in them."""
   run_dir.figures.mkdir(parents=True, exist_ok=True)
   made = {}
-  if analysis.families:
-    made['families'] = families_figure(analysis)
+  if analysis.datasets:
+    made['datasets'] = datasets_figure(analysis)
   if analysis.controls is not None:
     made['controls'] = controls_figure(analysis)
   if 'loss' in records.metrics:
@@ -32,18 +33,18 @@ def write_figures(run_dir: RunDir, analysis: Analysis, records: Records) -> list
   return paths
 
 
-def families_figure(analysis: Analysis) -> Figure:
-  """Returns small multiples: every family's accuracy, contexts and swings on one step axis."""
-  families = analysis.families
-  n_columns = min(3, len(families))
-  n_rows = -(-len(families) // n_columns)
+def datasets_figure(analysis: Analysis) -> Figure:
+  """Returns small multiples: accuracy, contexts, states and hops of every dataset by step."""
+  datasets = analysis.datasets
+  n_columns = min(3, len(datasets))
+  n_rows = -(-len(datasets) // n_columns)
   figure = blank_figure(4.1 * n_columns, 2.3 * n_rows + 0.5)
   axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).ravel()
-  for axis, family in zip(axes, families):
-    _draw_family(axis, analysis.steps, family)
-  for axis in axes[len(families):]:
+  for axis, dataset in zip(axes, datasets):
+    _draw_dataset(axis, analysis.steps, dataset)
+  for axis in axes[len(datasets):]:
     axis.set_visible(False)
-  _step_labels(axes[:len(families)], n_columns)
+  _step_labels(axes[:len(datasets)], n_columns)
   figure.suptitle(words.headline(analysis), fontsize=11, x=0.01, ha='left', color=LIGHT['ink'])
   return figure
 
@@ -84,24 +85,25 @@ def loss_figure(records: Records) -> Figure:
   return figure
 
 
-def _draw_family(axis, steps, family: Family):
+def _draw_dataset(axis, steps, dataset: Dataset):
+  """Bars below say the state of every checkpoint, triangles the hops, hollow unless confirmed."""
   clean_axis(axis)
-  axis.axhspan(0.7, 1, color=LIGHT['generalizing'], alpha=0.08, linewidth=0)
-  axis.axhspan(0, 0.3, color=LIGHT['shortcut'], alpha=0.08, linewidth=0)
-  axis.plot(steps, family.accuracy_TC, color=LIGHT['faint'], linewidth=0.6, alpha=0.5)
-  axis.fill_between(steps, family.accuracy.low, family.accuracy.high, color=LIGHT['ink'],
+  axis.plot(steps, dataset.accuracy_TC, color=LIGHT['faint'], linewidth=0.6, alpha=0.5)
+  axis.fill_between(steps, dataset.accuracy.low, dataset.accuracy.high, color=LIGHT['ink'],
                     alpha=0.15, linewidth=0)
-  axis.plot(steps, family.accuracy.mean, **_STYLE)
-  for judged in family.swings:
-    swing = judged.swing
-    up = swing.direction == 'up'
-    color = LIGHT['generalizing' if up else 'shortcut']
-    axis.plot((swing.leave_step + swing.arrive_step) / 2, 1.06 if up else -0.06,
-              '^' if up else 'v', color=color, markersize=4, clip_on=False,
-              markerfacecolor='none' if judged.claimed is False else color)
+  axis.plot(steps, dataset.accuracy.mean, **_STYLE)
+  if dataset.judged:
+    for state, name in ((State.GENERALIZING, 'generalizing'), (State.PATTERN, 'shortcut')):
+      axis.fill_between(steps, -0.12, -0.06, where=dataset.judged.states == state, step='mid',
+                        color=LIGHT[name], linewidth=0)
+    for hop in (called.hop for called in dataset.judged.hops):
+      color = LIGHT['generalizing' if hop.direction > 0 else 'shortcut']
+      axis.plot((steps[hop.before] + steps[hop.after]) / 2, 1.06,
+                '^' if hop.direction > 0 else 'v', color=color, markersize=5, clip_on=False,
+                markerfacecolor=color if hop.is_confirmed else 'none')
   axis.set(ylim=(-0.12, 1.12), yticks=[0, 0.5, 1])
-  axis.set_title(f'{words.title(family.name)}: {words.verdict(family)[1]}', fontsize=9, loc='left',
-                 color=LIGHT['ink'])
+  axis.set_title(f'{words.title(dataset.name)}: {words.verdict(dataset)[1]}', fontsize=9,
+                 loc='left', color=LIGHT['ink'])
 
 
 def blank_figure(width: float, height: float) -> Figure:

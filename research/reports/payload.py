@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from research.dynamics.analysis import Analysis, Family
-from research.dynamics.controls import ControlState
+from research.dynamics.analysis import Analysis, Dataset
 from research.reports import words
 from research.reports.records import Records, Series
 
@@ -38,8 +37,8 @@ def build_payload(analysis: Analysis, records: Records) -> dict[str, Any]:
       'tokenSteps': rounded(np.array([0, *np.linspace(1, last, 200)]), 1),
       'snapshots': steps.tolist(),
       'stride': stride,
-      'families': [_family(family, stride) for family in analysis.families],
-      'controls': _controls(analysis.controls, analysis.control_families, stride),
+      'datasets': [_dataset(dataset, analysis, stride) for dataset in analysis.datasets],
+      'controls': _controls(analysis, stride),
       'training': _panels(records),
       'others': _other_panels(records),
   }
@@ -80,38 +79,47 @@ def _band(band, stride):
           'high': rounded(band.high[::stride])}
 
 
-def _family(family: Family, stride):
+def _dataset(dataset: Dataset, analysis: Analysis, stride: int):
+  steps = analysis.steps
   return {
-      'name': family.name, 'title': words.title(family.name), 'verdict': words.verdict(family)[0],
-      'accuracy': _band(family.accuracy, stride), 'margin': _band(family.margin, stride),
+      'name': dataset.name, 'title': words.title(dataset.name),
+      'verdict': words.verdict(dataset)[0],
+      'accuracy': _band(dataset.accuracy, stride), 'margin': _band(dataset.margin, stride),
+      'ribbon': _ribbon(dataset, analysis, stride),
       'contexts': [
           {'label': f'{context.dataset}, seed {context.seed} ({context.n_items} items)',
-           'accuracy': rounded(family.accuracy_TC[::stride, i]),
-           'margin': rounded(family.margin_TC[::stride, i])}
-          for i, context in enumerate(family.contexts)],
-      'swings': [
-          {'leave': judged.swing.leave_step, 'arrive': judged.swing.arrive_step,
-           'fromLevel': round(judged.swing.from_level, 4),
-           'toLevel': round(judged.swing.to_level, 4), 'direction': judged.swing.direction,
-           'claimed': judged.claimed, 'isFirstRise': judged.is_first_rise,
-           'isHop': judged.is_after_first_rise}
-          for judged in family.swings]}
+           'accuracy': rounded(dataset.accuracy_TC[::stride, i]),
+           'margin': rounded(dataset.margin_TC[::stride, i])}
+          for i, context in enumerate(dataset.contexts)],
+      'hops': [
+          {'before': int(steps[called.hop.before]), 'after': int(steps[called.hop.after]),
+           'direction': 'up' if called.hop.direction > 0 else 'down',
+           'change': round(called.hop.change, 4), 'isConfirmed': called.hop.is_confirmed,
+           'agreeing': called.n_agreeing, 'variants': called.n_variants}
+          for called in (dataset.judged.hops if dataset.judged else ())]}
 
 
-def _controls(controls: ControlState | None, families, stride):
+def _ribbon(dataset: Dataset, analysis: Analysis, stride: int) -> list:
+  """States from -1 to 1 by snapshot; accuracy on the same scale where no dataset has states."""
+  if dataset.judged:
+    return dataset.judged.states[::stride].tolist()
+  if analysis.hops:
+    return [None] * len(analysis.steps[::stride])
+  return rounded(2 * dataset.accuracy.mean[::stride] - 1)
+
+
+def _controls(analysis: Analysis, stride: int):
+  controls = analysis.controls
   if controls is None:
     return None
-  curves = {}
-  for family in families:
-    for i, context in enumerate(family.contexts):
-      sums = curves.setdefault(context.dataset, [0., 0])
-      sums[0] = sums[0] + family.accuracy_TC[::stride, i] * context.n_items
-      sums[1] += context.n_items
   return {
       'mean': rounded(controls.accuracy[::stride]), 'level': controls.level,
       'tolerance': controls.tolerance, 'settled': controls.settled_step,
-      'datasets': [{'label': f'{name} ({n} items)', 'accuracy': rounded(total / n)}
-                   for name, (total, n) in sorted(curves.items())]}
+      'datasets': [{'title': words.title(dataset.name),
+                    'ribbon': _ribbon(dataset, analysis, stride),
+                    'label': f'{dataset.name} ({dataset.n_items} items)',
+                    'accuracy': rounded(dataset.accuracy.mean[::stride])}
+                   for dataset in analysis.control_datasets]}
 
 
 def _panels(records):

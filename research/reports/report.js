@@ -84,31 +84,33 @@
             line(steps, band.high, {...edge, fill: 'tonexty', fillcolor: fill})];
   }
 
-  const markOf = swing =>
-    `triangle-${swing.direction}` + (swing.claimed === false ? '-open' : '');
+  const markOf = hop => `triangle-${hop.direction}` + (hop.isConfirmed ? '' : '-open');
+  const middle = hop => place((hop.before + hop.after) / 2);
 
-  /* The overview: one ribbon per family, colored by accuracy. */
+  /* The overview: one ribbon per dataset, colored by its states, or by accuracy without them. */
   function overview() {
-    const rows = data.families.map(
-      f => ({title: f.title, mean: f.accuracy.mean, swings: f.swings}));
-    if (data.controls) rows.push({title: 'Controls', mean: data.controls.mean, swings: []});
+    const rows = data.datasets.map(d => ({...d, mean: d.accuracy.mean}));
+    if (data.controls) {
+      rows.push(...data.controls.datasets.map(d => ({...d, mean: d.accuracy, hops: []})));
+    }
     rows.reverse();
     const traces = [{
       type: 'heatmap', x: places(data.snapshots), y: rows.map(r => r.title),
-      z: rows.map(r => r.mean), zmin: 0, zmax: 1, ygap: 7, showscale: false,
+      z: rows.map(r => r.ribbon), zmin: -1, zmax: 1, ygap: 7, showscale: false,
       colorscale: [[0, color('shortcut')], [.5, color('middle')], [1, color('generalizing')]],
-      hovertemplate: '%{y}: %{z:.1%}<extra></extra>'}];
+      customdata: rows.map(r => r.mean),
+      hovertemplate: '%{y}: %{customdata:.1%}<extra></extra>'}];
     for (const direction of ['up', 'down']) {
-      const marks = rows.flatMap(r => r.swings.filter(s => s.direction === direction)
-        .map(s => ({x: place((s.leave + s.arrive) / 2), y: r.title, swing: s})));
+      const marks = rows.flatMap(r => r.hops.filter(h => h.direction === direction)
+        .map(h => ({x: middle(h), y: r.title, hop: h})));
       traces.push({
         type: 'scatter', mode: 'markers', x: marks.map(m => m.x), y: marks.map(m => m.y),
         hoverinfo: 'skip', marker: {
-          symbol: marks.map(m => markOf(m.swing)), size: 8,
-          color: marks.map(m => m.swing.claimed === false ? '#16191f' : '#fff'),
+          symbol: marks.map(m => markOf(m.hop)), size: 8,
+          color: marks.map(m => m.hop.isConfirmed ? '#fff' : '#16191f'),
           line: {width: 1, color: '#16191f'}}});
     }
-    const layout = baseLayout(46 + 34 * rows.length, {margin: {l: 118, r: 18, t: 2, b: 30}});
+    const layout = baseLayout(46 + 34 * rows.length, {margin: {l: 152, r: 18, t: 2, b: 30}});
     layout.hovermode = 'closest';
     layout.xaxis.showgrid = false;
     layout.yaxis = {...layout.yaxis, type: 'category', showgrid: false, ticks: '',
@@ -116,8 +118,8 @@
     return [traces, layout];
   }
 
-  /* One family: accuracy above, margin below, swings marked where they happen. */
-  function family(f) {
+  /* One dataset: accuracy above, margin below, states between, hops marked where they happen. */
+  function dataset(f) {
     const steps = data.snapshots, low = {yaxis: 'y2'}, traces = [];
     if (view.contexts) {
       for (const c of f.contexts) {
@@ -137,26 +139,28 @@
           `<br>${f.contexts.length} contexts: ${percent(Math.min(...now))} to ` +
           `${percent(Math.max(...now))}<br>margin ${compact(f.margin.mean[i])}<br>${stepLabel(s)}`;
       })}));
-    for (const s of f.swings) {
-      const name = s.direction === 'up' ? 'generalizing' : 'shortcut';
+    for (const h of f.hops) {
+      const name = h.direction === 'up' ? 'generalizing' : 'shortcut';
       traces.push({
-        type: 'scatter', mode: 'markers', x: [place((s.leave + s.arrive) / 2)],
-        y: [s.direction === 'up' ? 1.06 : -.06], cliponaxis: false, hoverinfo: 'skip',
-        marker: {symbol: markOf(s), size: 9, color: color(name),
+        type: 'scatter', mode: 'markers', x: [middle(h)],
+        y: [h.direction === 'up' ? 1.06 : -.06], cliponaxis: false, hoverinfo: 'skip',
+        marker: {symbol: markOf(h), size: 9, color: color(name),
                  line: {width: 1, color: color(name)}}});
     }
-    const zone = (y0, y1, name) => ({
-      type: 'rect', xref: 'paper', yref: 'y', x0: 0, x1: 1, y0, y1, line: {width: 0},
-      layer: 'below', fillcolor: color(name, .09)});
-    const layout = baseLayout(292, {
-      shapes: [zone(.7, 1, 'generalizing'), zone(0, .3, 'shortcut')],
+    traces.push({
+      type: 'heatmap', x: places(steps), y: [''], z: [f.ribbon], zmin: -1, zmax: 1, yaxis: 'y3',
+      colorscale: [[0, color('shortcut')], [.5, color('middle')], [1, color('generalizing')]],
+      showscale: false, hoverinfo: 'skip'});
+    const layout = baseLayout(300, {
+      yaxis3: {domain: [.3, .33], anchor: 'x', showticklabels: false, ticks: '', showgrid: false,
+               fixedrange: true},
       yaxis: {domain: [.36, 1], range: [-.11, 1.11], tickvals: [0, .5, 1], tickformat: '.0%'},
       yaxis2: {domain: [0, .27], anchor: 'x', range: [-1.05, 1.05], tickvals: [-1, 0, 1],
                zeroline: true, zerolinecolor: color('line')}});
     layout.xaxis.anchor = 'y2';
     const small = {xref: 'paper', x: 0, xanchor: 'left', showarrow: false, yanchor: 'top',
                    font: {size: 10.5, color: color('faint')}};
-    layout.annotations = [{...small, yref: 'paper', y: .3, text: 'margin'}];
+    layout.annotations = [{...small, yref: 'paper', y: .28, text: 'margin'}];
     return [traces, layout];
   }
 
@@ -201,8 +205,8 @@
   function readingOf(kind, item) {
     const at = (steps, values, step) =>
       step === null ? values.filter(v => v !== null).pop() : values[nearest(steps, step)];
-    if (kind === 'family' || kind === 'controls') {
-      const mean = kind === 'family' ? item.accuracy.mean : item.mean;
+    if (kind === 'dataset' || kind === 'controls') {
+      const mean = kind === 'dataset' ? item.accuracy.mean : item.mean;
       return step => say(percent(at(data.snapshots, mean, step)));
     }
     if (kind === 'overview') return step => step === null ? '' : stepLabel(
@@ -269,9 +273,9 @@
     const [kind, index] = element.dataset.chart.split(':');
     if (kind === 'overview') add(element, kind, null, overview);
     if (kind === 'controls') add(element, kind, data.controls, controls);
-    if (kind === 'family') {
-      const item = data.families[index];
-      add(element, kind, item, () => family(item));
+    if (kind === 'dataset') {
+      const item = data.datasets[index];
+      add(element, kind, item, () => dataset(item));
     }
     if (kind === 'training' || kind === 'others') {
       const item = data[kind][index];
@@ -295,7 +299,7 @@
     redraw();
   });
   const contexts = document.getElementById('context-switch');
-  contexts.hidden = !data.families.length;
+  contexts.hidden = !data.datasets.length;
   contexts.addEventListener('click', () => {
     view.contexts = !view.contexts;
     contexts.textContent = 'Contexts: ' + (view.contexts ? 'shown' : 'hidden');

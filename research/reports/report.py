@@ -8,7 +8,8 @@ import plotly.offline
 import pyarrow.parquet as pq
 
 from research.dynamics.analysis import Analysis, analyze
-from research.dynamics.curves import read_curves
+from research.dynamics.curves import read_variants
+from research.dynamics.parity import read_parity
 from research.errors import UserError
 from research.reports import facts, palette, payload, sections, words
 from research.reports.figures import write_figures
@@ -33,12 +34,19 @@ def build_report(run_dir: RunDir) -> pathlib.Path:
   if not records.config and not records.metrics and not run_dir.monitor_scores.is_dir():
     raise UserError(f'{run_dir.path} is not a run directory: it has no config.json, metrics.jsonl '
                     'or monitors/scores')
-  analysis = analyze(read_curves(run_dir.monitor_items, run_dir.monitor_scores))
+  analysis = analysis_of(run_dir)
   write_whole(run_dir.report_html, page(run_dir, analysis, records))
   write_figures(run_dir, analysis, records)
   if len(analysis.steps):
     write_tables(run_dir, analysis)
   return run_dir.report_html
+
+
+def analysis_of(run_dir: RunDir) -> Analysis:
+  """Returns what the monitors of a run say, with the parity that was measured."""
+  parity = read_parity(run_dir)
+  return analyze(read_variants(run_dir.monitor_items, run_dir.monitor_scores),
+                 parity.tolerance('margin') if parity else None)
 
 
 def page(run_dir: RunDir, analysis: Analysis, records: Records) -> str:
@@ -64,14 +72,14 @@ def page(run_dir: RunDir, analysis: Analysis, records: Records) -> str:
 
 
 def read_examples(items_path: pathlib.Path) -> dict[str, sections.Example]:
-  """Returns the first item of every family that is no control."""
-  columns = ['family', 'is_control', 'prompt', 'generalizing', 'shortcut']
+  """Returns the first item of every dataset that is no control."""
+  columns = ['dataset', 'is_control', 'prompt', 'generalizing', 'shortcut']
   if not items_path.is_file() or not set(columns) <= set(pq.read_schema(items_path).names):
     return {}
   examples = {}
   for row in pq.read_table(items_path, columns=columns).to_pylist():
     if not row['is_control']:
-      examples.setdefault(row['family'], sections.Example(
+      examples.setdefault(row['dataset'], sections.Example(
           row['prompt'], row['generalizing'], row['shortcut']))
   return examples
 
@@ -82,8 +90,8 @@ def _kicker(analysis, records):
   if not facts.is_own(records.manifest):
     parts = [f'Weights of {records.config["name"]}']
   if len(analysis.steps):
-    families = [*analysis.families, *analysis.control_families]
-    parts.append(f'{words.count(sum(f.n_items for f in families), "item")} scored at '
+    datasets = [*analysis.datasets, *analysis.control_datasets]
+    parts.append(f'{words.count(sum(d.n_items for d in datasets), "item")} scored at '
                  f'{words.count(len(analysis.steps), "snapshot")}')
   if 'seed' in records.config and facts.is_own(records.manifest):
     parts.append(f'seed {records.config["seed"]}')
@@ -94,6 +102,6 @@ def _footer(run_dir, analysis):
   stride = max(1, -(-len(analysis.steps) // payload.MOST_POINTS))
   drawn = ''
   if stride > 1:
-    drawn = f' One of {stride} snapshots is drawn; swings were looked for in all.'
+    drawn = f' One of {stride} snapshots is drawn; hops were looked for in all.'
   return (f'Made from the directory {run_dir.path.name} alone; PNG figures and CSV tables lie in '
           f'{run_dir.figures.name}/.{drawn}')

@@ -5,8 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from research.dynamics.analysis import Analysis, Family
-from research.dynamics.swings import LEAST_SNAPSHOTS
+from research.dynamics.analysis import Analysis, Dataset
+from research.dynamics.states import State
 from research.reports import words
 from research.reports.facts import Facts, n_parameters, shown_manifest
 from research.reports.records import Records
@@ -15,7 +15,7 @@ escape = html.escape
 
 
 class Example(NamedTuple):
-  """One monitor item of a family: what the model reads and its two possible answers."""
+  """One monitor item of a dataset: what the model reads and its two possible answers."""
 
   prompt: str
   generalizing: str
@@ -25,8 +25,8 @@ class Example(NamedTuple):
 def chips(analysis: Analysis, records: Records) -> str:
   """Returns the facts that stay in view: progress, hops, controls, tokens, size."""
   parts = [_progress_chip(records)]
-  if len(analysis.steps) >= LEAST_SNAPSHOTS and analysis.families:
-    hops = sum(words.counted_hops(f) for f in analysis.families if f.is_large_enough)
+  if analysis.hops and analysis.datasets:
+    hops = sum(dataset.n_hops for dataset in analysis.datasets)
     parts.append(_chip('news' if hops else '', f'<b>{words.count(hops, "hop")}</b>'))
   if analysis.controls is not None:
     calm = analysis.controls.calm
@@ -44,13 +44,13 @@ def body(analysis: Analysis, records: Records, payload: dict[str, Any],
          examples: dict[str, Example], facts: Facts) -> list[tuple[str, str, str]]:
   """Returns (anchor, name in the navigation, HTML) of every section that has something to show."""
   sections = []
-  if analysis.families:
-    sections.append(('overview', 'Overview', _overview()))
-    sections.append(('families', 'Families', _families(analysis, examples)))
+  if analysis.datasets:
+    sections.append(('overview', 'Overview', _overview(analysis)))
+    sections.append(('datasets', 'Datasets', _datasets(analysis, examples)))
   if analysis.controls is not None:
     sections.append(('controls', 'Controls', _controls(analysis)))
-  if analysis.families:
-    sections.append(('swings', 'Swings', _swings(analysis, records)))
+  if analysis.hops:
+    sections.append(('hops', 'Hops', _hops(analysis, records)))
   if payload['training'] or payload['others']:
     sections.append(('training', 'Training', _training(payload)))
   sections.append(('run', 'Run', _run(records, facts)))
@@ -86,34 +86,36 @@ def _panel(heading, chart, *, badge='', note='', after='', identity=''):
           f'<div class="chart" data-chart="{chart}"></div>{after}</div>')
 
 
-def _overview():
-  key = ('<div class="key"><span>shortcut<i class="ramp"></i>generalizing</span>'
-         '<span>▲▼ a swing, hollow while the controls were restless</span>'
+def _overview(analysis):
+  key = ('<div class="key"><span>pattern<i class="ramp"></i>generalizing</span>'
+         '<span>▲▼ a hop, hollow while the controls were restless</span>'
          '<span>drag to zoom every chart, double-click to see all</span></div>')
-  return _head('Which mode, when', 'Accuracy of every family at every snapshot.') + _panel(
+  text = ('The state of every dataset at every snapshot; in between: uncertain.' if analysis.hops
+          else 'Accuracy of every dataset at every snapshot; too little for states.')
+  return _head('Which mode, when', text) + _panel(
       '', 'overview', badge=key, identity='panel-overview')
 
 
-def _families(analysis, examples):
+def _datasets(analysis, examples):
   key = ('<span class="key"><span><i class="swatch"></i>mean</span>'
          '<span><i class="swatch band"></i>95% over demonstration contexts</span>'
          '<span><i class="swatch thin"></i>one context</span>'
          '<span><i class="swatch generalizing"></i>generalizing</span>'
-         '<span><i class="swatch shortcut"></i>shortcut</span></span>')
-  panels = ''.join(_family(i, f, examples.get(f.name)) for i, f in enumerate(analysis.families))
-  return _head('Families', key) + f'<div class="grid">{panels}</div>'
+         '<span><i class="swatch shortcut"></i>pattern</span></span>')
+  panels = ''.join(_dataset(i, d, examples.get(d.name)) for i, d in enumerate(analysis.datasets))
+  return _head('Datasets', key) + f'<div class="grid">{panels}</div>'
 
 
-def _family(index, family: Family, example):
-  kind, text = words.verdict(family)
+def _dataset(index, dataset: Dataset, example):
+  kind, text = words.verdict(dataset)
   size = ', '.join(words.count(n, noun) for n, noun in (
-      (family.n_items, 'item'), (len(family.contexts), 'context'),
-      (len(family.datasets), 'dataset')))
+      (dataset.n_items, 'item'), (len(dataset.contexts), 'context'),
+      (len(dataset.variants), 'prompt variant')))
   after = f'<details><summary>{size}</summary>{_example(example)}</details>'
   return _panel(
-      escape(words.title(family.name)), f'family:{index}', identity=f'family-{index}',
+      escape(words.title(dataset.name)), f'dataset:{index}', identity=f'dataset-{index}',
       badge=f'<span class="verdict {kind}">{text}</span>', after=after,
-      note=f'<p class="panel-note">{words.note(family.name)}</p>')
+      note=f'<p class="panel-note">{words.note(dataset.family)}</p>')
 
 
 def _example(example):
@@ -129,12 +131,13 @@ def _example(example):
 
 def _controls(analysis):
   calm = analysis.controls.calm
-  badge = f'<span class="verdict {"generalizing" if calm else "fell"}">{_calm_word(calm)}</span>'
+  kind = 'generalizing' if calm else 'restless'
+  badge = f'<span class="verdict {kind}">{_calm_word(calm)}</span>'
   rows = ''.join(_control_row(name, state) for name, state in analysis.control_states.items())
   table = _table(('Control', '#Items', '#Level', '#Tolerance', '#Settled at step',
                   '#Largest deviation', 'After settling'), rows)
   text = escape(words.control_sentence(analysis))
-  panel = _panel('All controls', 'controls', badge=badge)
+  panel = _panel('All controls', 'controls', badge=badge, identity='panel-controls')
   return _head('Controls', text) + f'<div class="beside">{panel}{table}</div>'
 
 
@@ -146,38 +149,45 @@ def _control_row(name, state):
                _calm_word(state.calm)))
 
 
-def _swings(analysis, records):
-  rows = [_swing_row(i, family, judged, records)
-          for i, family in enumerate(analysis.families) for judged in family.swings]
-  text = ('A swing runs between alternating extremes at least 0.4 apart in accuracy, each held for '
-          'two consecutive snapshots. Choose a row to see it in every chart.')
-  if not rows:
-    return _head('Swings', text) + '<p class="empty">No family made a swing.</p>'
-  return _head('Swings', text) + _table(
-      ('Family', 'Towards', '#Leaves at step', '#Arrives at step', '#Tokens', 'Accuracy',
-       '#Contexts that moved', 'Controls', 'Counts as'), ''.join(rows))
+def _hops(analysis, records):
+  datasets = [*analysis.datasets, *analysis.control_datasets]
+  rows = [_hop_row(i, dataset, called, analysis.steps, records)
+          for i, dataset in enumerate(datasets) if dataset.judged for called in dataset.judged.hops]
+  text = ('Sudden changes between two confident states, each held on its side. Choose a row to see '
+          'it in every chart.')
+  hops = _table(('Dataset', 'Towards', '#Between steps', '#Tokens', '#Change of margin',
+                 '#Adjusted p', '#Prompt variants', 'Controls', 'Counts as'), ''.join(rows)
+                ) if rows else '<p class="empty">No dataset hopped.</p>'
+  states = _table(('Dataset', '#Generalizing', '#Uncertain', '#Pattern', '#Least detectable hop',
+                   '#Parity tolerance'), ''.join(_state_row(d) for d in datasets if d.judged))
+  return _head('Hops', text) + hops + states
 
 
-def _swing_row(index, family, judged, records):
-  swing = judged.swing
-  up = swing.direction == 'up'
-  low, high = sorted((swing.from_level, swing.to_level))
-  move = (f'{swing.from_level:.2f}<span class="move"><i class="{swing.direction}" '
-          f'style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i></span>'
-          f'{swing.to_level:.2f}')
-  tokens = records.tokens_at([swing.arrive_step])
-  role = 'hop' if judged.is_after_first_rise else 'first rise' if judged.is_first_rise else 'fall'
-  if judged.is_after_first_rise and judged.claimed is False:
-    role = 'not claimed'
+def _hop_row(index, dataset, called, steps, records):
+  hop = called.hop
+  before, after = int(steps[hop.before]), int(steps[hop.after])
+  tokens = records.tokens_at([after])
   controls = {None: '<span class="quiet">none</span>', True: 'calm', False: 'restless'}
+  role = 'a control that moved' if dataset.is_control else (
+      'hop' if hop.is_confirmed else 'not confirmed')
+  mark = ('up', '▲ generalizing') if hop.direction > 0 else ('down', '▼ pattern')
   cells = (
-      escape(words.title(family.name)),
-      f'<span class="mark-{swing.direction}">{"▲ generalizing" if up else "▼ shortcut"}</span>',
-      f'#{swing.leave_step:,}', f'#{swing.arrive_step:,}',
-      '#–' if tokens is None else f'#{words.short(tokens[0])}', move,
-      f'#{judged.n_contexts_moved} of {len(family.contexts)}', controls[judged.claimed], role)
-  return _row(cells, f' tabindex="0" data-panel="family-{index}" data-from="{swing.leave_step}" '
-              f'data-to="{swing.arrive_step}"')
+      escape(words.title(dataset.name)), f'<span class="mark-{mark[0]}">{mark[1]}</span>',
+      f'#{before:,} to {after:,}', '#–' if tokens is None else f'#{words.short(tokens[0])}',
+      f'#{hop.change:+.2f}', f'#{hop.adjusted_p:.2g}',
+      f'#{called.n_agreeing} of {called.n_variants}',
+      controls[hop.is_calm], role)
+  panel = 'panel-controls' if dataset.is_control else f'dataset-{index}'
+  return _row(cells, f' tabindex="0" data-panel="{panel}" data-from="{before}" data-to="{after}"')
+
+
+def _state_row(dataset):
+  share = dataset.judged.occupancy
+  return _row((
+      escape(words.title(dataset.name)),
+      *(f'#{100 * share[state]:.0f}%' for state in (State.GENERALIZING, State.UNCERTAIN,
+                                                    State.PATTERN)),
+      f'#{dataset.judged.least_detectable:.2f}', f'#{dataset.judged.tolerance:.4f}'))
 
 
 def _table(heads: Sequence[str], rows: str) -> str:
@@ -225,19 +235,22 @@ def _run(records, facts):
 
 
 _METHOD = """<details><summary>How to read this page</summary><div class="method">
-<p><b>Accuracy</b> is the share of a family's items whose generalizing answer has a higher
+<p><b>Accuracy</b> is the share of a dataset's items whose generalizing answer has a higher
 log-probability than the shortcut answer. <b>Margin</b> is the mean probability of the generalizing
 answer minus that of the shortcut, from -1 to 1; it stays near 0 where the model gives little to
 either.</p>
-<p><b>Context</b>: the items of one dataset that share one set of demonstrations. Items within a
-context are not independent, so the interval is a 95% Student t interval over contexts, stratified
-by dataset, never over items.</p>
-<p><b>Swing</b>: a move between alternating extremes at least 0.4 apart, where a high extreme is the
-lower of two consecutive snapshots and a low one the higher of two. A swing leaves at the last
-snapshot within a quarter of the way of the old extreme and arrives at the first within a quarter of
-the new one. The first upward swing is the family's first rise; the swings after it are hops.
-A family counts from 400 items in 4 contexts on.</p>
+<p><b>Context</b>: the items of one dataset that share one set of demonstrations, with all their
+prompt variants. Items within a context are not independent, so the interval is a 95% Student t
+interval over contexts, never over items.</p>
+<p><b>State</b>: generalizing or pattern where the mean margin lies beyond 0 with false discoveries
+held at 5% over all datasets and snapshots; else uncertain.</p>
+<p><b>Hop</b>: a step between two flanks of six snapshots beside a common slope, false discoveries
+held at 5%, both flanks confident and opposite, every snapshot on its side. A change that takes many
+snapshots is a rise, no hop. Prompt variants: how often the same hop is found in the items of one
+variant alone.</p>
+<p><b>Parity tolerance</b>: how far float32 and bfloat16 scores differ, kept off the center; zero
+until launchers.hops has measured it.</p>
 <p><b>Controls</b> are items of ordinary documents, which no shortcut contests. They are calm while
 their accuracy stays within 3 points, or 4 binomial standard errors where that is more, of the
-median over the last half of the run. A swing is claimed only while they are, one snapshot on
-either side included.</p></div></details>"""
+median over the last half of the run. A hop is confirmed only where they are, through both of its
+flanks.</p></div></details>"""

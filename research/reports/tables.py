@@ -1,61 +1,62 @@
-"""The numbers of a report as CSV files: one row per family, one row per swing."""
+"""The numbers of a report as CSV files: one row per dataset, one row per hop."""
 
 import csv
 import io
 
 import numpy as np
 
-from research.dynamics.analysis import Analysis, Family
+from research.dynamics.analysis import Analysis, Dataset
+from research.dynamics.states import State
 from research.reports import words
 from research.run_dir import RunDir, write_whole
 
 
 def write_tables(run_dir: RunDir, analysis: Analysis) -> None:
-  """Writes families.csv and swings.csv beside the figures."""
-  write_whole(run_dir.figures / 'families.csv', families_csv(analysis))
-  write_whole(run_dir.figures / 'swings.csv', swings_csv(analysis))
+  """Writes datasets.csv and hops.csv beside the figures."""
+  write_whole(run_dir.figures / 'datasets.csv', datasets_csv(analysis))
+  write_whole(run_dir.figures / 'hops.csv', hops_csv(analysis))
 
 
-def families_csv(analysis: Analysis) -> str:
-  """Returns one row per family, controls last; accuracies and margins of the last snapshot."""
-  rows = [_family_row(family) for family in (*analysis.families, *analysis.control_families)]
-  return _csv(_FAMILY_COLUMNS, rows)
+def datasets_csv(analysis: Analysis) -> str:
+  """Returns one row per dataset, controls last; accuracies and margins of the last snapshot."""
+  rows = [_dataset_row(dataset) for dataset in (*analysis.datasets, *analysis.control_datasets)]
+  return _csv(_DATASET_COLUMNS, rows)
 
 
-def swings_csv(analysis: Analysis) -> str:
-  """Returns one row per swing of every family that is not a control."""
+def hops_csv(analysis: Analysis) -> str:
+  """Returns one row per hop that was called, confirmed or not."""
   rows = []
-  for family in analysis.families:
-    for judged in family.swings:
-      swing = judged.swing
+  for dataset in (*analysis.datasets, *analysis.control_datasets):
+    for called in dataset.judged.hops if dataset.judged else ():
+      hop = called.hop
       rows.append((
-          family.name, swing.direction, swing.from_step, swing.leave_step, swing.arrive_step,
-          swing.to_step, f'{swing.from_level:.4f}', f'{swing.to_level:.4f}',
-          judged.n_contexts_moved, len(family.contexts),
-          '' if judged.claimed is None else int(judged.claimed),
-          int(judged.is_first_rise), int(judged.is_after_first_rise)))
-  return _csv(_SWING_COLUMNS, rows)
+          dataset.name, int(dataset.is_control), 'up' if hop.direction > 0 else 'down',
+          int(analysis.steps[hop.before]), int(analysis.steps[hop.after]), f'{hop.change:.4f}',
+          f'{hop.adjusted_p:.3g}', '' if hop.is_calm is None else int(hop.is_calm),
+          int(hop.is_confirmed), called.n_agreeing, called.n_variants))
+  return _csv(_HOP_COLUMNS, rows)
 
 
-_FAMILY_COLUMNS = (
-    'family', 'is_control', 'n_items', 'n_contexts', 'n_datasets', 'n_snapshots', 'accuracy',
-    'accuracy_low', 'accuracy_high', 'accuracy_min', 'accuracy_max', 'margin', 'first_rise_step',
-    'n_swings', 'n_hops', 'n_hops_claimed', 'verdict')
-_SWING_COLUMNS = (
-    'family', 'direction', 'from_step', 'leave_step', 'arrive_step', 'to_step', 'from_level',
-    'to_level', 'n_contexts_moved', 'n_contexts', 'claimed', 'is_first_rise', 'is_hop')
+_DATASET_COLUMNS = (
+    'dataset', 'family', 'is_control', 'n_items', 'n_contexts', 'n_variants', 'n_snapshots',
+    'accuracy', 'accuracy_low', 'accuracy_high', 'accuracy_min', 'accuracy_max', 'margin',
+    'generalizing', 'pattern', 'n_hops', 'n_hops_confirmed', 'least_detectable', 'verdict')
+_HOP_COLUMNS = (
+    'dataset', 'is_control', 'direction', 'before_step', 'after_step', 'change', 'adjusted_p',
+    'controls_calm', 'is_confirmed', 'n_variants_found', 'n_variants')
 
 
-def _family_row(family: Family):
-  accuracy = family.accuracy
+def _dataset_row(dataset: Dataset):
+  accuracy, judged = dataset.accuracy, dataset.judged
+  told = ('', '', '', '', '') if judged is None else (
+      f'{judged.occupancy[State.GENERALIZING]:.4f}', f'{judged.occupancy[State.PATTERN]:.4f}',
+      len(judged.hops), len(judged.confirmed), f'{judged.least_detectable:.4f}')
   return (
-      family.name, int(family.is_control), family.n_items, len(family.contexts),
-      len(family.datasets), len(accuracy.mean), f'{accuracy.mean[-1]:.4f}',
+      dataset.name, dataset.family, int(dataset.is_control), dataset.n_items,
+      len(dataset.contexts), len(dataset.variants), len(accuracy.mean), f'{accuracy.mean[-1]:.4f}',
       _number(accuracy.low[-1]), _number(accuracy.high[-1]), f'{accuracy.mean.min():.4f}',
-      f'{accuracy.mean.max():.4f}', f'{family.margin.mean[-1]:.4f}',
-      family.first_rise.swing.arrive_step if family.first_rise else '', len(family.swings),
-      len(family.hops), sum(judged.claimed is True for judged in family.hops),
-      words.verdict(family)[1])
+      f'{accuracy.mean.max():.4f}', f'{dataset.margin.mean[-1]:.4f}', *told,
+      words.verdict(dataset)[1])
 
 
 def _number(value):

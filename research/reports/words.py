@@ -1,17 +1,13 @@
-"""The sentences of a report: how numbers, families and verdicts are put into words."""
+"""The sentences of a report: how numbers, datasets and verdicts are put into words."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from research.dynamics.analysis import (
-    LEAST_CONTEXTS,
-    LEAST_CONTROL_ITEMS,
-    LEAST_ITEMS,
-    Analysis,
-    Family,
-)
-from research.dynamics.swings import LEAST_SNAPSHOTS
+from research.dynamics.analysis import LEAST_CONTROL_ITEMS, Analysis, Dataset
+from research.dynamics.detector import DWELL, LEAST_CONTEXTS
+from research.dynamics.hops import least_checkpoints
+from research.dynamics.states import State
 from research.reports.records import Records
 
 _NOTES = {  # short enough for one line of a panel
@@ -44,7 +40,7 @@ def listing(parts: Sequence[str]) -> str:
 
 
 def count(number: int, noun: str) -> str:
-  """Returns '1 swing' or '2 swings'."""
+  """Returns '1 hop' or '2 hops'."""
   return f'{number:,} {noun}{"" if number == 1 else "s"}'
 
 
@@ -66,50 +62,44 @@ def duration(seconds: float) -> str:
   return f'{seconds // 3600} h {seconds % 3600 // 60:02d} min'
 
 
-def counted_hops(family: Family) -> int:
-  """Returns the swings after the first rise that no restless control speaks against."""
-  return sum(judged.claimed is not False for judged in family.hops)
+def held(dataset: Dataset) -> str:
+  """Returns the state of most checkpoints in the run's last half, 'mixed' where none has most."""
+  last = dataset.judged.states[len(dataset.judged.states) // 2:]
+  for kind, state in (('generalizing', State.GENERALIZING), ('shortcut', State.PATTERN)):
+    if np.mean(last == state) > 0.5:
+      return kind
+  return 'mixed'
 
 
-def level_kind(family: Family) -> str:
-  """Returns 'generalizing', 'shortcut' or 'mixed': where the last half of the curve lies."""
-  level = float(np.median(family.accuracy.mean[len(family.accuracy.mean) // 2:]))
-  return 'generalizing' if level >= 0.7 else 'shortcut' if level <= 0.3 else 'mixed'
-
-
-def verdict(family: Family) -> tuple[str, str]:
-  """Returns (kind, words) of one family: 'hopping', 'rose', 'generalizing', ..."""
-  if len(family.accuracy.mean) < LEAST_SNAPSHOTS:
-    return 'early', 'too early to say'
-  if family.hops:
-    return 'hopping', count(len(family.hops), 'hop')
-  if family.first_rise:
-    return 'rose', f'rose by step {family.first_rise.swing.arrive_step:,} and stayed'
-  if family.swings:
-    return 'fell', f'fell by step {family.swings[-1].swing.arrive_step:,}'
-  words = {'generalizing': 'generalizes, no swing', 'shortcut': 'keeps to the shortcut, no swing',
-           'mixed': 'in between, no swing'}
-  return level_kind(family), words[level_kind(family)]
+def verdict(dataset: Dataset) -> tuple[str, str]:
+  """Returns (kind, words) of one dataset: 'hopping', 'unsaid' or what `held` says."""
+  if dataset.judged is None:
+    return 'unsaid', 'too little to say'
+  if dataset.n_hops:
+    return 'hopping', count(dataset.n_hops, 'hop')
+  phrases = {'generalizing': 'generalizes, no hop', 'shortcut': 'keeps to the pattern, no hop',
+             'mixed': 'in between, no hop'}
+  return held(dataset), phrases[held(dataset)]
 
 
 def headline(analysis: Analysis) -> str:
-  """Returns the one sentence that answers: did it hop, and in which family?"""
+  """Returns the one sentence that answers: did it hop, and in which dataset?"""
   if not len(analysis.steps):
     return 'No monitor scored this run, so nothing can be said about hopping.'
-  if not analysis.families:
+  if not analysis.datasets:
     return 'Only controls were scored in this run, so nothing can be said about hopping.'
-  if len(analysis.steps) < LEAST_SNAPSHOTS:
-    return (f'{count(len(analysis.steps), "snapshot")} so far: too few to see a swing '
-            '(its two levels are held for two snapshots each).')
-  hopping = [f for f in analysis.families if counted_hops(f) and f.is_large_enough]
+  if not analysis.is_long_enough:
+    return (f'{count(len(analysis.steps), "snapshot")} so far: too few to tell a hop, whose two '
+            f'levels are held for {DWELL} snapshots each; {least_checkpoints()} are needed.')
+  if not any(dataset.judged for dataset in analysis.datasets):
+    return 'Every dataset has too few demonstration contexts to tell a hop.'
+  hopping = [dataset for dataset in analysis.datasets if dataset.n_hops]
   if not hopping:
-    return 'No family hopped.'
-  names = listing([title(f.name) for f in hopping])
-  numbers = listing([str(counted_hops(f)) for f in hopping])
-  noun = 'swing' if sum(counted_hops(f) for f in hopping) == 1 else 'swings'
+    return 'No dataset hopped.'
+  numbers = listing([str(dataset.n_hops) for dataset in hopping])
+  noun = 'hop' if sum(dataset.n_hops for dataset in hopping) == 1 else 'hops'
   while_calm = ' while the controls were calm' if analysis.controls else ''
-  their = 'its' if len(hopping) == 1 else 'their'
-  return f'{names} hopped: {numbers} {noun} after {their} first rise{while_calm}.'
+  return f'{listing([title(d.name) for d in hopping])} hopped: {numbers} {noun}{while_calm}.'
 
 
 def remarks(analysis: Analysis, records: Records) -> list[str]:
@@ -117,17 +107,16 @@ def remarks(analysis: Analysis, records: Records) -> list[str]:
   said = []
   if records.n_steps and not records.is_finished:
     said.append(f'The run is in progress: step {records.last_step:,} of {records.n_steps:,}.')
-  said += _other_families(analysis) if len(analysis.steps) >= LEAST_SNAPSHOTS else []
-  if len(analysis.steps) and analysis.families:
+  said += _variants(analysis) + _other_datasets(analysis) + _least(analysis)
+  if len(analysis.steps) and analysis.datasets:
     said.append(control_sentence(analysis))
-  restless = sum(j.claimed is False for f in analysis.families for j in f.hops)
+  restless = sum(len(d.judged.hops) - d.n_hops for d in analysis.datasets if d.judged)
   if restless:
-    said.append(f'{count(restless, "more swing")} came while the controls were restless and '
-                f'{"is" if restless == 1 else "are"} not counted.')
-  small = [f for f in analysis.families if not f.is_large_enough]
-  if small:
-    said.append(f'{listing([title(f.name) for f in small])}: fewer than {LEAST_ITEMS} items or '
-                f'{LEAST_CONTEXTS} demonstration contexts, too few for a swing to count.')
+    said.append(f'{count(restless, "more hop")} came while the controls were restless and '
+                f'{"is" if restless == 1 else "are"} not confirmed.')
+  if analysis.hops and analysis.hops.left_out:
+    said.append(f'{listing([title(name) for name in analysis.hops.left_out])}: fewer than '
+                f'{LEAST_CONTEXTS} demonstration contexts, too few to tell a hop.')
   return said
 
 
@@ -135,7 +124,7 @@ def control_sentence(analysis: Analysis) -> str:
   """Returns whether the controls were calm, with the numbers behind it."""
   controls = analysis.controls
   if controls is None:
-    return 'There are no controls, so no swing can be claimed.'
+    return 'There are no controls that could speak against a hop.'
   few = ''
   if controls.n_items < LEAST_CONTROL_ITEMS:
     few = f' They are only {count(controls.n_items, "item")}; a gate needs {LEAST_CONTROL_ITEMS:,}.'
@@ -151,16 +140,34 @@ def control_sentence(analysis: Analysis) -> str:
           f'{outside[0]:,}.{few}')
 
 
-def _other_families(analysis):
-  """One sentence for each other course that families took."""
+def _variants(analysis):
+  """In how many prompt variants the confirmed hops are found."""
+  called = [called for d in analysis.datasets if d.judged for called in d.judged.confirmed]
+  if not called:
+    return []
+  counts = [f'{one.n_agreeing} of {one.n_variants}' for one in called]
+  return [f'Prompt variants in which each hop is found alone: {listing(counts)}.']
+
+
+def _other_datasets(analysis):
+  """One sentence for each other course that datasets took."""
   groups = {}
-  for family in analysis.families:
-    kind = verdict(family)[0]
-    if kind != 'hopping':
-      groups.setdefault(kind, []).append(title(family.name))
-  phrases = {'rose': 'rose to the general rule once and stayed',
-             'generalizing': 'followed the general rule without a swing',
-             'mixed': 'stayed in between without a swing', 'fell': 'fell to the shortcut',
-             'shortcut': 'kept to the shortcut without a swing'}
+  for dataset in analysis.datasets:
+    if dataset.judged and not dataset.n_hops:
+      groups.setdefault(held(dataset), []).append(title(dataset.name))
+  phrases = {'generalizing': 'ended with the general rule, without a hop',
+             'shortcut': 'ended with the pattern, without a hop',
+             'mixed': 'ended in between, without a hop'}
   return [f'{listing(groups[kind])} {phrase}.' for kind, phrase in phrases.items()
           if kind in groups]
+
+
+def _least(analysis):
+  """What could have been seen."""
+  judged = [dataset.judged for dataset in analysis.datasets if dataset.judged]
+  least = [row.least_detectable for row in judged if not row.is_blind]
+  blind = [title(row.name) for row in judged if row.is_blind]
+  return ([f'The least hop that would have been found with a power of 95% is {min(least):.2f} to '
+           f'{max(least):.2f} in margin, by dataset.'] if least else []) + (
+               [f'{listing(blind)}: too much scatter for any hop to be seen with that power.']
+               if blind else [])

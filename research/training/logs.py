@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-  """A line on stderr with step, loss, speed, MFU, ETA and hops; rewritten on a terminal."""
+  """A line on stderr: step, loss, speed, MFU, ETA, suspected hops; rewritten on a terminal."""
 
   def __init__(self, n_steps: int, start_step: int, every_seconds: float):
     self._n_steps, self._start_step = n_steps, start_step
@@ -91,7 +91,8 @@ class Progress:
     self._every = 0.5 if self._terminal else every_seconds
     self._began = self._said = time.monotonic()
 
-  def update(self, step: int, loss: float, tokens_per_second: float, mfu: float, hops: int) -> None:
+  def update(self, step: int, loss: float, tokens_per_second: float, mfu: float, suspected: int
+             ) -> None:
     """Says where the run is, at most once per interval and at the last step."""
     now = time.monotonic()
     if now - self._said < self._every and step < self._n_steps:
@@ -99,6 +100,7 @@ class Progress:
     self._said = now
     per_step = (now - self._began) / max(1, step - self._start_step)
     line = (f'step {step}/{self._n_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  '
-            f'MFU {mfu:.0%}  ETA {duration(per_step * (self._n_steps - step))}  hops {hops}')
+            f'MFU {mfu:.0%}  ETA {duration(per_step * (self._n_steps - step))}  '
+            f'suspected hops {suspected}')
     end = '\r' if self._terminal and step < self._n_steps else '\n'
     print(('\x1b[2K' if self._terminal else '') + line, end=end, file=sys.stderr, flush=True)

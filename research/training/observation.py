@@ -77,7 +77,7 @@ class Observation:
   def _write_row(self) -> None:
     """Writes the row of the step that was dispatched last, unless it stands already."""
     if self._dispatched:
-      row = self.recorder.step(*self._dispatched, self._watch.n_swings)
+      row = self.recorder.step(*self._dispatched, self._watch.n_suspected)
       self._observers.row('metrics', row)
       self._dispatched = None
 

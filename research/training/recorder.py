@@ -81,7 +81,7 @@ class Recorder:
     key = f'{name}_seconds'
     self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - start
 
-  def step(self, step: int, metrics: dict[str, jax.Array], n_hops: int) -> dict[str, Any]:
+  def step(self, step: int, metrics: dict[str, jax.Array], n_suspected: int) -> dict[str, Any]:
     """Writes the rows of a step that has been dispatched; waits for it, returns its metrics."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     judged_by = {name: values.pop(name) for name in JUDGED_BY}
@@ -97,7 +97,7 @@ class Recorder:
     self._timings.append(timing)
     self._to_board('train', row)
     self._to_board('timing', timing)
-    self._progress.update(step, row['loss'], rate, timing['mfu'], n_hops)
+    self._progress.update(step, row['loss'], rate, timing['mfu'], n_suspected)
     return row
 
   def heldout(self, row: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 import pytest
 
 from experiments import quickstart
@@ -41,3 +42,17 @@ def short_run(trained, tmp_path) -> RunDir:
   """A copy of the short run that a test may damage."""
   shutil.copytree(trained.path, tmp_path / 'run')
   return RunDir(tmp_path / 'run')
+
+
+@pytest.fixture(scope='module')
+def compilation_cache(tmp_path_factory):
+  """Programs that are the same in all runs of a file are compiled once."""
+  names = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla')),
+           'jax_persistent_cache_min_compile_time_secs': 0}
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  reset_cache()

@@ -100,21 +100,20 @@ def write_records(run_dir: RunDir, n_steps: int, last_step: int, name: str = 'sy
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
-SWINGING = [  # (step, accuracy): one rise and then three swings
-    (0, .5), (40, 0), (200, 0), (300, 1), (600, 1), (700, .1), (900, .1), (1000, .9), (1300, .9),
-    (1400, .2), (2000, .2)]
-RISING = [(0, .5), (60, .02), (240, .02), (420, 1), (2000, 1)]
+HOPPING = [  # (step, accuracy): three sudden changes, between two snapshots
+    (0, .1), (680, .1), (700, .9), (1080, .9), (1100, .1), (1480, .1), (1500, .9), (2000, .9)]
+RISING = [(0, .5), (60, .02), (240, .02), (1200, 1), (2000, 1)]
 PARROT = [(0, .5), (60, .1), (2000, .15)]
 CALM = [(0, .3), (160, .99), (2000, .99)]
 
 
 def hopping_run(path: pathlib.Path, *, controls: bool = True, last_step: int = 2000,
                 every: int = 20, seed: int = 0) -> RunDir:
-  """Returns a run of 2,000 steps whose Successive family rises once and then swings three times."""
+  """Returns a run of 2,000 steps whose Successive dataset hops up, down and up again."""
   run_dir = RunDir(path)
   steps = np.arange(every, last_step + 1, every)
   spread_C = np.array([-.06, -.02, .02, .06])
-  curves = {'successive': SWINGING, 'flipped': RISING, 'truthy': PARROT}
+  curves = {'successive': HOPPING, 'flipped': RISING, 'truthy': PARROT}
   families = dict.fromkeys(curves, False)
   accuracy = {
       name: np.clip(plateaus(steps, corners)[:, None] + spread_C, 0, 1)

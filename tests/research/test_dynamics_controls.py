@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from research.dynamics.controls import control_state, is_claimed
-from research.dynamics.swings import Swing
+from research.dynamics.controls import control_state, controls_of
+from research.dynamics.curves import Context, Curves
 
 STEPS = np.arange(10, 1010, 10)
 
@@ -12,10 +12,6 @@ STEPS = np.arange(10, 1010, 10)
 def settling(level=0.98, at=200):
   """Returns a curve that is 0.3 before step `at` and `level` from it on."""
   return np.where(STEPS < at, 0.3, level)
-
-
-def swing(leave, arrive):
-  return Swing(leave, arrive, 0., 1., leave, arrive)
 
 
 def test_calm_controls_settle_once():
@@ -48,15 +44,12 @@ def test_level_is_the_median_of_the_last_half_of_the_steps():
   assert control_state(dense_start, accuracy, 1000).level == 0.9
 
 
-def test_a_swing_is_claimed_only_while_controls_are_calm():
-  accuracy = settling()
-  accuracy[STEPS == 700] = 0.5
-  state = control_state(STEPS, accuracy, 1000)
-  assert is_claimed(swing(400, 500), state) is True
-  assert is_claimed(swing(650, 750), state) is False
-  assert is_claimed(swing(710, 750), state) is False  # the snapshot before belongs to it
-  assert is_claimed(swing(720, 750), state) is True
-  assert is_claimed(swing(650, 690), state) is False  # and the snapshot after
-  assert is_claimed(swing(650, 680), state) is True
-  assert is_claimed(swing(10, 100), state) is False  # not settled yet
-  assert is_claimed(swing(400, 500), None) is None
+def test_controls_are_pooled_by_their_items():
+  accuracy_TC = np.stack([settling(1.0), settling(0.9), settling(0.1)], -1)
+  contexts = (Context('a', True, 'a', 0, 300), Context('b', True, 'b', 0, 100),
+              Context('c', False, 'c', 0, 500))
+  curves = Curves(STEPS, contexts, accuracy_TC, accuracy_TC)
+  whole = controls_of(curves)
+  assert whole.n_items == 400 and whole.level == pytest.approx((300 * 1.0 + 100 * 0.9) / 400)
+  assert controls_of(curves, 'b').level == 0.9 and controls_of(curves, 'b').n_items == 100
+  assert controls_of(curves.at([2])) is None

@@ -1,4 +1,4 @@
-"""Curves and their analysis against a pandas aggregation and runs with known swings."""
+"""Curves and their analysis against a pandas aggregation and runs with known hops."""
 
 import numpy as np
 import pandas as pd
@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from research.dynamics.analysis import analyze
-from research.dynamics.curves import ScoresError, read_curves
+from research.dynamics.curves import (
+    ScoresError, of_variant, read_curves, read_variants, variants_of)
 from research.monitors import table as monitor_table
 from research.run_dir import RunDir
 from tests.research import synthetic_runs
@@ -20,6 +21,10 @@ def _run_dir(tmp_path):
 
 def curves_of(run_dir):
   return read_curves(run_dir.monitor_items, run_dir.monitor_scores)
+
+
+def read_variants_of(run_dir):
+  return read_variants(run_dir.monitor_items, run_dir.monitor_scores)
 
 
 def rewrite(path, change):
@@ -72,39 +77,63 @@ def test_a_tie_is_not_generalizing(run_dir):
 def test_nothing_scored_is_no_curve(tmp_path):
   curves = curves_of(RunDir(tmp_path))
   assert len(curves.steps) == 0 and curves.contexts == ()
-  assert analyze(curves).families == ()
+  assert analyze(curves).datasets == ()
 
 
-def test_analysis_finds_the_swings_that_were_written(tmp_path):
-  analysis = analyze(curves_of(synthetic_runs.hopping_run(tmp_path / 'run')))
-  successive, flipped, truthy = analysis.families
-  assert [f.name for f in analysis.families] == ['successive', 'flipped', 'truthy']
-  assert [j.swing.direction for j in successive.swings] == ['up', 'down', 'up', 'down']
-  assert [j.is_first_rise for j in successive.swings] == [True, False, False, False]
-  assert len(successive.hops) == 3 and all(j.claimed for j in successive.hops)
-  # The ramps run from 200 to 300, 600 to 700, 900 to 1,000 and 1,300 to 1,400.
-  for judged, (start, end) in zip(successive.swings, [(200, 300), (600, 700), (900, 1000),
-                                                      (1300, 1400)]):
-    assert start <= judged.swing.leave_step < judged.swing.arrive_step <= end
-    assert judged.n_contexts_moved == 4
-  assert len(flipped.swings) == 1 and flipped.first_rise.swing.from_level < 0.05
-  assert truthy.swings == ()
+def test_analysis_finds_the_hops_that_were_written(tmp_path):
+  analysis = analyze(read_variants_of(synthetic_runs.hopping_run(tmp_path / 'run')))
+  successive, flipped, truthy = analysis.datasets
+  assert [d.name for d in analysis.datasets] == [
+      'successive_words', 'flipped_words', 'truthy_words']
+  # What is written steps at 700, 1,100 and 1,500, between two snapshots.
+  hops = [called.hop for called in successive.judged.hops]
+  assert [hop.direction for hop in hops] == [1, -1, 1]
+  assert [int(analysis.steps[hop.after]) for hop in hops] == [700, 1100, 1500]
+  assert all(hop.is_confirmed for hop in hops)
+  assert not flipped.judged.hops and not truthy.judged.hops  # A slow rise, and a parrot.
   assert analysis.controls.calm and analysis.controls.n_items == 1200
   assert set(analysis.control_states) == {'sums_words', 'sentiment_words', 'opposites_words'}
-  assert all(family.is_large_enough for family in analysis.families)
 
 
-def test_one_context_that_swings_alone_is_counted_as_one(tmp_path):
+def test_two_contexts_are_not_judged(tmp_path):
   run_dir = RunDir(tmp_path / 'run')
-  steps = np.arange(10, 210, 10)
-  alone_TC = np.full((20, 2), 0.2)
-  alone_TC[5:12, 0] = 1.  # the mean moves by 0.4, and so do all items of one context
+  steps = np.arange(10, 610, 10)
+  curve_TC = np.where(steps < 300, 0., 1.)[:, None].repeat(2, 1)
   synthetic_runs.write_items(run_dir, {'pairs': False}, 50, n_seeds=2)
-  synthetic_runs.write_scores(run_dir, steps, {'pairs': alone_TC}, 50, n_seeds=2)
-  (family,) = analyze(curves_of(run_dir)).families
-  assert [j.n_contexts_moved for j in family.swings] == [1, 1]
-  assert [j.claimed for j in family.swings] == [None, None]
-  assert not family.is_large_enough
+  synthetic_runs.write_scores(run_dir, steps, {'pairs': curve_TC}, 50, n_seeds=2)
+  analysis = analyze(read_variants_of(run_dir))
+  (dataset,) = analysis.datasets
+  assert dataset.judged is None and analysis.hops is None and analysis.controls is None
+
+
+def test_curves_of_a_variant_are_those_of_its_items(run_dir):
+  """Every third item of a context is renamed to another variant; pandas says what each does."""
+  rewrite(run_dir.monitor_items, lambda frame: frame.assign(
+      variant=np.where(frame.item % 3 == 0, 'a', 'b'), item=frame.item.astype('int32'),
+      seed=frame.seed.astype('int32')))
+  rng = np.random.default_rng(3)
+  for path in run_dir.monitor_scores.iterdir():
+    rewrite(path, lambda frame: frame.assign(logp_shortcut=-rng.exponential(size=len(frame))))
+  cells = read_variants_of(run_dir)
+  names = variants_of(cells)
+  assert names['sums_words'] == ['a', 'b']
+  scores = pd.concat(pd.read_parquet(path) for path in run_dir.monitor_scores.iterdir())
+  rows = scores.merge(pd.read_parquet(run_dir.monitor_items), on='item')
+  rows['right'] = rows.logp_generalizing > rows.logp_shortcut
+  wanted = rows.groupby(['step', 'dataset', 'seed', 'variant']).right.mean()
+  for number, name in enumerate('ab'):
+    own = of_variant(cells, number)
+    assert {context.variant for context in own.contexts} == {name}
+    for c, context in enumerate(own.contexts):
+      got = dict(zip(own.steps, own.accuracy_TC[:, c]))
+      for step, value in got.items():
+        assert value == pytest.approx(wanted.loc[step, context.dataset, context.seed, name])
+  whole = rows.groupby(['step', 'dataset', 'seed']).right.mean()
+  both = curves_of(run_dir)
+  for c, context in enumerate(both.contexts):
+    for t, step in enumerate(both.steps):
+      assert both.accuracy_TC[t, c] == pytest.approx(
+          whole.loc[step, context.dataset, context.seed])
 
 
 @pytest.mark.parametrize('change, words', [

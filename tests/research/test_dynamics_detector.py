@@ -9,7 +9,7 @@ from scipy import stats
 from experiments.benchmarks import simulated_scores as simulated
 from research.dynamics import change_points, contrasts, detector, hops
 from research.dynamics.controls import control_state
-from research.dynamics.curves import Context, Curves
+from research.dynamics.curves import Context, Curves, pooled
 from research.dynamics.states import (
     Levels, State, coherence, dwell_times, occupancy, over_contexts, states)
 from research.errors import UserError
@@ -198,15 +198,54 @@ def test_a_run_is_told_by_dataset():
   margin_TC = np.full((60, 13), 0.5)
   margin_TC[:, :6] = np.where(np.arange(60) < 30, -0.3, 0.3)[:, None]
   margin_TC += 0.02 * np.random.default_rng(7).standard_normal(margin_TC.shape)
-  rows, left_out = hops.hops_of_run(Curves(steps, contexts, np.full((60, 13), 0.9), margin_TC))
-  assert left_out == ['alone']
-  hopping, plain = rows
-  (hop,) = hopping.hops
+  found = hops.hops_of_run(Curves(steps, contexts, np.full((60, 13), 0.9), margin_TC))
+  assert found.left_out == ('alone',)
+  hopping, plain = found.datasets
+  ((hop, n_agreeing, n_variants),) = hopping.hops
   assert hop.is_confirmed and steps[hop.after] in (580, 600, 620) and not plain.hops
+  assert (n_agreeing, n_variants) == (1, 1)
   assert plain.occupancy[State.GENERALIZING] == 1
   assert len(hopping.dwell_times[State.PATTERN]) == 1
+  assert found.coherence_KK.shape == (2, 2)
   later = dataclasses.replace(hop, before=hop.before + 4)
   assert hops.agreement([[hop], [later], []], hop) == 1
+  with pytest.raises(UserError, match='20 scored checkpoints are too few to tell a hop; 23'):
+    hops.check_enough(Curves(steps[:20], contexts, np.zeros((20, 13)), np.zeros((20, 13))))
+
+
+def test_a_hop_is_looked_for_in_every_variant_alone():
+  """Six variants, planted: in four the level steps at 30, in one at 45, in one never."""
+  steps, names = np.arange(60) * 20, 'abcdef'
+  at = dict(zip(names, (30, 30, 30, 30, 45, 99)))
+  contexts = [Context('f', False, 'f', seed, 10, name) for name in names for seed in range(6)]
+  contexts += [Context('sums', True, 'sums', seed, 10, 'a') for seed in range(4)]
+  margin_TC = np.stack([np.where(np.arange(60) < at[c.variant], -0.4, 0.4) if not c.is_control
+                        else np.full(60, 0.5) for c in contexts], -1)
+  margin_TC += 0.02 * np.random.default_rng(9).standard_normal(margin_TC.shape)
+  curves = Curves(steps, tuple(contexts), np.full((60, 40), 0.9), margin_TC)
+  (called,), = [row.hops for row in hops.hops_of_run(curves).datasets if row.name == 'f']
+  assert called.hop.after in (29, 30, 31) and called.hop.is_calm
+  assert (called.n_agreeing, called.n_variants) == (4, 6)
+  whole = pooled(curves)
+  assert [c.n_items for c in whole.contexts] == [60] * 6 + [10] * 4
+  np.testing.assert_allclose(whole.margin_TC[:, 2], margin_TC[:, 2:36:6].mean(1), rtol=1e-12)
+  restless = dataclasses.replace(curves, accuracy_TC=np.where(
+      np.arange(60)[:, None] == 32, 0.5, curves.accuracy_TC))
+  (called,), = [row.hops for row in hops.hops_of_run(restless).datasets if row.name == 'f']
+  assert not called.hop.is_confirmed and called.n_agreeing == 0
+
+
+def test_what_parity_leaves_open_is_no_hop():
+  steps, low_high = np.arange(60) * 20, np.where(np.arange(60) < 30, -0.2, 0.2)
+  contexts = tuple(Context(name, False, name, seed, 10) for name in 'ab' for seed in range(6))
+  margin_TC = low_high[:, None] + 0.02 * np.random.default_rng(10).standard_normal((60, 12))
+  curves = Curves(steps, contexts, margin_TC + 0.5, margin_TC)
+  a, b = hops.hops_of_run(curves, parity={'b': 0.25}).datasets
+  assert len(a.hops) == 1 and not b.hops and not b.states.any() and b.tolerance == 0.25
+  assert not a.is_blind
+  loud_TC = 0.8 * np.random.default_rng(11).choice([-1., 1.], (60, 12))
+  assert all(row.is_blind and not row.hops for row in hops.hops_of_run(
+      Curves(steps, contexts, loud_TC / 2 + 0.5, loud_TC)).datasets)
 
 
 def test_change_points_are_where_levels_move():

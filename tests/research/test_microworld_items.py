@@ -110,17 +110,62 @@ def test_successive_documents_do_run_as_the_likelihood_says():
   assert max(starts.values()) < 2 * min(starts.values())
 
 
+def by_variant(dataset: str) -> dict[int, dict[str, list]]:
+  """Returns the items of a dataset by seed and variant."""
+  items = collections.defaultdict(lambda: collections.defaultdict(list))
+  for item in BY_DATASET[dataset]:
+    items[item.seed][item.variant].append(item)
+  return items
+
+
+@pytest.mark.parametrize('dataset', ['successive', 'repetitive', 'flipped', 'truthy',
+                                     'arithmetic_few_shot', 'sentiment_few_shot'])
+def test_every_context_is_asked_in_five_ways(dataset):
+  for variants in by_variant(dataset).values():
+    shown = {name: parts(items[0])[0] for name, items in variants.items()}
+    assert {name: len(pairs) for name, pairs in shown.items()} == {
+        'plain': 8, 'redrawn': 8, 'rearranged': 8, 'six': 6, 'five': 5}
+    for name, items in variants.items():
+      assert all(parts(item)[0] == shown[name] for item in items)
+      assert len(shown[name]) >= grammar.MIN_PAIRS  # Documents of the corpus have so many.
+    assert shown['redrawn'] != shown['plain'] != shown['rearranged']
+    if dataset == 'successive':  # The order is the pattern, so the terms are exchanged.
+      assert shown['rearranged'] == [[b, plus, a, *rest] for a, plus, b, *rest in shown['plain']]
+    else:
+      assert shown['rearranged'] == shown['plain'][::-1]
+    assert len({len(items) for items in variants.values()}) == 1
+
+
+@pytest.mark.parametrize('dataset, n_variants', [
+    ('bat_and_ball', 4), ('machines', 4), ('lily_pads', 4), ('multi_hop', 6), ('joint_clues', 6),
+    ('single_hop', 6)])
+def test_zero_shot_variants_are_nouns_and_orders(dataset, n_variants):
+  contexts = by_variant(dataset)
+  assert len(contexts) >= 4
+  assert len({variant for variants in contexts.values() for variant in variants}) == n_variants
+  for item in BY_DATASET[dataset]:
+    if item.family == 'intuitive':
+      assert set(item.variant.split('-')) <= set(item.prompt.split())
+    else:
+      verbs = {'city': 'live', 'food': 'eat', 'hobby': 'enjoy'}
+      places = [item.prompt.split().index(verbs[clue]) for clue in item.variant.split('-')]
+      assert places == sorted(places)
+
+
 def test_flipped_demonstrations_are_balanced_and_all_flipped():
+  surplus = collections.Counter()
   for item in BY_DATASET['flipped']:
     shown, question = parts(item)
     labels = collections.Counter(part[5] for part in shown)
-    assert labels['good'] == labels['bad'] == 4
+    assert abs(labels['good'] - labels['bad']) == len(shown) % 2
+    surplus[labels['good'] - labels['bad']] += 1
     for part in shown:
       assert (part[5] == 'good') == (part[3] in words.NEGATIVE)
     right, shortcut = answers(item)
     assert (right == 'good') == (question[3] in words.NEGATIVE)
     assert (shortcut == 'good') == (question[3] in words.POSITIVE)
     assert question[:4] not in [part[:4] for part in shown]
+  assert surplus[1] == surplus[-1]
   tested = collections.Counter(item.generalizing for item in BY_DATASET['flipped'])
   assert tested[' good'] == tested[' bad']
 

@@ -10,7 +10,7 @@ from research.monitors.items import MonitorItem, check_items, read_items, write_
 
 ITEMS = [
     MonitorItem('a/0', 'flipped', 'a', 0, 'plain', 'naïve 雪 :', ' good', ' bad'),
-    MonitorItem('a/1', 'flipped', 'a', 1, 'plain', 'two\nlines :', ' bad', ' good', True)]
+    MonitorItem('b/1', 'flipped', 'b', 1, 'plain', 'two\nlines :', ' bad', ' good', True)]
 
 
 @pytest.mark.parametrize('name', ['items.jsonl', 'items.parquet'])
@@ -41,6 +41,9 @@ GOOD = dict(item_id='x', family='f', dataset='d', seed=0, variant='v', prompt='p
     ((dict(GOOD, shortcut='g'),), r"items.jsonl:1: .*both answers are 'g'"),
     ((dict(GOOD, prompt=''),), r"items.jsonl:1: .*prompt is empty"),
     ((GOOD, GOOD), "'x' occurs twice"),
+    ((GOOD, dict(GOOD, item_id='y', family='g')),
+     r"'y': dataset 'd' has .* \('g', False\) here and \('f', False\) before"),
+    ((GOOD, dict(GOOD, item_id='y', is_control=True)), r"'y': dataset 'd' has .*name them apart"),
     ((), 'no monitor items'),
 ])
 def test_bad_item_files_are_refused_by_line(tmp_path, rows, message):

@@ -39,10 +39,11 @@ def model(vocab_size: int, context_length: int, kind: str = 'plain'):
 
 @functools.cache
 def word_items() -> list[MonitorItem]:
-  """Returns a few items of the micro-world: two contexts with a shared prefix, and zero-shot."""
-  chosen = [('successive', 0), ('repetitive', 1), ('machines', 0)]
+  """Returns a few items of the micro-world: two contexts with shared prefixes, and zero-shot."""
+  chosen = [('successive', 0), ('repetitive', 1), ('single_hop', 0)]
   return [item for item in microworld_items(MicroworldConfig(), 64)
-          if (item.dataset, item.seed) in chosen and int(item.item_id[-3:]) < 6]
+          if (item.dataset, item.seed) in chosen and int(item.item_id[-3:]) < 6
+          and item.variant not in ('redrawn', 'rearranged', 'five')]
 
 
 def text_items() -> list[MonitorItem]:

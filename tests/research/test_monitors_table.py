@@ -68,7 +68,7 @@ def test_summary_is_that_of_pandas():
     assert row.accuracy == pytest.approx(group['right'].mean())
     assert row.margin == pytest.approx(group['margin'].mean())
   assert len(rows) == len(groups)
-  assert table.dataset_accuracy(rows) == pytest.approx(
+  assert table.dataset_means(rows, 'accuracy') == pytest.approx(
       frame.groupby('dataset')['right'].mean().to_dict())
 
 

@@ -9,7 +9,6 @@ import shutil
 import types
 
 import jax
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,20 +37,7 @@ from research.training.snapshots import SnapshotReader
 from tests.research.replay_runs import N_STEPS, SWITCHES, content, monitor, switching_run
 
 DENSE = [('checkpoints.snapshot_every', '1')]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Programs that are the same in all runs of this file are compiled once."""
-  names = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla')),
-           'jax_persistent_cache_min_compile_time_secs': 0}
-  before = {name: getattr(jax.config, name) for name in names}
-  for name, value in names.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  reset_cache()
+pytestmark = pytest.mark.usefixtures('compilation_cache')
 
 
 @pytest.fixture(scope='module')

@@ -58,10 +58,10 @@ def _hopping(tmp_path_factory):
 
 def test_headline_says_what_was_written(hopping):
   _, page = hopping
-  assert ('Successive hopped: 3 swings after its first rise while the controls were calm.'
-          in page.text)
-  assert 'Flipped rose to the general rule once and stayed.' in page.text
-  assert 'Truthy kept to the shortcut without a swing.' in page.text
+  assert 'Successive words hopped: 3 hops while the controls were calm.' in page.text
+  assert 'Prompt variants in which each hop is found alone: 1 of 1, 1 of 1 and 1 of 1.' in page.text
+  assert 'Flipped words ended with the general rule, without a hop.' in page.text
+  assert 'Truthy words ended with the pattern, without a hop.' in page.text
   assert 'Controls calm: 1,200 items within 3.0 points of 99.0%' in page.text
 
 
@@ -80,24 +80,24 @@ def test_page_is_one_file_that_asks_the_network_for_nothing(hopping):
 def test_every_chart_has_its_numbers(hopping):
   run_dir, page = hopping
   kinds = {chart.split(':')[0] for chart in page.charts}
-  assert kinds == {'overview', 'family', 'controls', 'training', 'others'}
-  for kind, numbers in (('family', page.payload['families']), ('others', page.payload['others']),
+  assert kinds == {'overview', 'dataset', 'controls', 'training', 'others'}
+  for kind, numbers in (('dataset', page.payload['datasets']), ('others', page.payload['others']),
                         ('training', page.payload['training'])):
     assert [f'{kind}:{i}' for i in range(len(numbers))] == [
         chart for chart in page.charts if chart.startswith(kind)]
   scripted = set(re.findall(r"getElementById\('([\w-]+)'\)", page.source))
   assert scripted and scripted <= set(page.ids)
   assert len(page.ids) == len(set(page.ids))
-  wanted = pd.read_parquet(run_dir.monitor_items).family.nunique()
-  assert len(page.payload['families']) + len(page.payload['controls']['datasets']) == wanted
+  wanted = pd.read_parquet(run_dir.monitor_items).dataset.nunique()
+  assert len(page.payload['datasets']) + len(page.payload['controls']['datasets']) == wanted
 
 
 def test_payload_holds_the_curves_in_closed_form(hopping):
   _, page = hopping
-  successive = page.payload['families'][0]
+  successive = page.payload['datasets'][0]
   steps = np.array(page.payload['snapshots'])
   spread_C = np.array([-.06, -.02, .02, .06])
-  curve = synthetic_runs.plateaus(steps, synthetic_runs.SWINGING)
+  curve = synthetic_runs.plateaus(steps, synthetic_runs.HOPPING)
   wanted = np.clip(curve[:, None] + spread_C, 0, 1).round(2).mean(1)
   np.testing.assert_allclose(successive['accuracy']['mean'], wanted, atol=0.01)
   np.testing.assert_allclose(successive['margin']['mean'],
@@ -106,14 +106,20 @@ def test_payload_holds_the_curves_in_closed_form(hopping):
   assert np.all(low <= successive['accuracy']['mean']) and np.all(low >= 0)
   assert np.all(high >= successive['accuracy']['mean']) and np.all(high <= 1)
   assert len(successive['contexts']) == 4
+  # The margin is 1.6 * accuracy - 0.8, its sign that of the state wherever that is confident.
+  states = np.array(successive['ribbon'])
+  assert set(states) == {-1, 1}
+  np.testing.assert_array_equal(states, np.sign(curve - 0.5))
   assert page.payload['tokens'][-1] == 2000 * 3072
 
 
-def test_swing_table_names_every_swing(hopping):
+def test_hop_table_names_every_hop(hopping):
   _, page = hopping
   rows = [attrs for tag, attrs in page.tags if tag == 'tr' and 'data-from' in attrs]
-  assert len(rows) == 5  # four of Successive, one of Flipped
+  assert [(row['data-from'], row['data-to']) for row in rows] == [
+      ('680', '700'), ('1080', '1100'), ('1480', '1500')]
   assert all(attrs['data-panel'] in page.ids for attrs in rows)
+  assert page.text.count('▼ pattern') == 1
 
 
 def test_run_facts_and_examples_are_escaped(hopping):
@@ -127,12 +133,16 @@ def test_run_facts_and_examples_are_escaped(hopping):
 
 def test_tables_and_figures_lie_beside_the_page(hopping):
   run_dir, _ = hopping
-  families = pd.read_csv(run_dir.figures / 'families.csv').set_index('family')
-  assert families.loc['successive', 'n_hops'] == 3 and families.loc['successive', 'n_items'] == 400
-  assert families.loc['flipped', 'n_hops'] == 0
-  swings = pd.read_csv(run_dir.figures / 'swings.csv')
-  assert list(swings[swings.family == 'successive'].direction) == ['up', 'down', 'up', 'down']
-  for name in ('families', 'controls', 'loss'):
+  datasets = pd.read_csv(run_dir.figures / 'datasets.csv').set_index('dataset')
+  assert datasets.loc['successive_words', 'n_hops_confirmed'] == 3
+  assert datasets.loc['successive_words', 'n_items'] == 400
+  assert datasets.loc['flipped_words', 'n_hops'] == 0
+  # Of 100 snapshots 34 lie below 700, and 20 from 1,100 to 1,480.
+  assert datasets.loc['successive_words', 'pattern'] == 0.54
+  hops = pd.read_csv(run_dir.figures / 'hops.csv')
+  assert list(hops.direction) == ['up', 'down', 'up']
+  np.testing.assert_allclose(hops.change.abs(), 1.6 * 0.8, atol=0.02)
+  for name in ('datasets', 'controls', 'loss'):
     png = (run_dir.figures / f'{name}.png').read_bytes()
     assert png[:8] == b'\x89PNG\r\n\x1a\n' and len(png) > 5000
 
@@ -150,14 +160,14 @@ def test_run_in_progress(tmp_path):
     file.write('{"step": 801, "lo')  # a row that is being written
   page = Page(build_report(run_dir))
   assert 'The run is in progress: step 800 of 2,000.' in page.text
-  assert 'Successive hopped: 1 swing after its first rise' in page.text
+  assert 'Successive words hopped: 1 hop while the controls were calm.' in page.text
   assert page.payload['isFinished'] is False
 
 
 def test_two_snapshots_are_too_few(tmp_path):
   page = Page(build_report(synthetic_runs.hopping_run(tmp_path / 'run', last_step=40)))
-  assert '2 snapshots so far: too few to see a swing' in page.text
-  assert 'too early to say' in page.text
+  assert '2 snapshots so far: too few to tell a hop' in page.text
+  assert 'too little to say' in page.text and 'too little for states' in page.text
 
 
 def test_text_run_without_monitors(tmp_path):
@@ -167,7 +177,7 @@ def test_text_run_without_monitors(tmp_path):
   assert 'No monitor scored this run' in page.text
   assert {chart.split(':')[0] for chart in page.charts} == {'training', 'others'}
   assert '<text> & "more"' in page.text
-  assert not (run_dir.figures / 'families.png').exists()
+  assert not (run_dir.figures / 'datasets.png').exists()
 
 
 def test_loads_of_experts(tmp_path):
@@ -192,9 +202,9 @@ def test_run_that_has_only_a_config(tmp_path):
   assert 'step 0 of 10' in page.text and page.charts == []
 
 
-def test_no_controls_means_no_claim(tmp_path):
+def test_no_controls_cannot_speak_against_a_hop(tmp_path):
   page = Page(build_report(synthetic_runs.hopping_run(tmp_path / 'run', controls=False)))
-  assert 'There are no controls, so no swing can be claimed.' in page.text
+  assert 'There are no controls that could speak against a hop.' in page.text
   assert page.payload['controls'] is None
   assert 'calm.' not in page.text.split('How to read')[0]
 
@@ -207,10 +217,9 @@ def test_controls_only_and_few_items(tmp_path):
   square = np.where(steps % 400 < 200, 0., 1.)
   synthetic_runs.write_scores(run_dir, steps, {'sums': np.ones(10), 'pairs': square}, 20, n_seeds=1)
   page = Page(build_report(run_dir))
-  assert 'No family hopped.' in page.text
+  assert '10 snapshots so far: too few' in page.text
   assert 'They are only 20 items; a gate needs 1,000.' in page.text
-  assert 'Pairs: fewer than 400 items or 4 demonstration contexts' in page.text
-  assert page.payload['families'][0]['accuracy']['low'] == [None] * 10
+  assert page.payload['datasets'][0]['accuracy']['low'] == [None] * 10
 
 
 @pytest.mark.parametrize('text, message', [
@@ -257,19 +266,18 @@ def test_long_series_keep_their_means_and_extremes():
 
 
 def test_seeds_side_by_side(tmp_path):
-  run_dirs = [synthetic_runs.hopping_run(tmp_path / f'run{seed}', seed=seed, every=50)
+  run_dirs = [synthetic_runs.hopping_run(tmp_path / f'run{seed}', seed=seed, every=40)
               for seed in (3, 4)]
   runs = seeds.read_seed_runs(run_dirs)
   assert [run.label for run in runs] == ['run3', 'run4']
-  assert seeds.n_runs_with_hops(runs, 'successive') == 2
-  assert seeds.n_runs_with_hops(runs, 'flipped') == 0
   table = seeds.seeds_table(runs).splitlines()
-  assert table[0] == '| run | Flipped | Successive | Truthy | controls | loss |'
+  assert table[0] == '| run | Flipped words | Successive words | Truthy words | controls | loss |'
   assert len(table) == 4 and all(line.count('|') == 7 for line in table)
-  assert '3 swings; rose 0.0' in table[2] and 'calm: at most 0.000 off 0.990' in table[2]
-  assert len(seeds.swings_table(runs).splitlines()) == 2 + 2 * 5
-  assert '- Successive: at least 3 swings after the first rise on 2 of 2 runs' in (
-      seeds.hop_sentences(runs))
+  assert '3 hops (in 1 of 1, 1 of 1, 1 of 1 variants); generalizing 46%, pattern 54%' in table[2]
+  assert 'calm: at most 0.000 off 0.990' in table[2]
+  sentences = seeds.hop_sentences(runs)
+  assert '- Successive words: hops on 2 of 2 runs (3, 3)' in sentences
+  assert '- 2 datasets without a hop on any run' in sentences
 
 
 def test_seeds_need_scores(tmp_path):

@@ -123,6 +123,11 @@ def lily_pads(rng: random.Random, is_easy: bool) -> tuple[Document, int, int]:
 
 
 PROBLEMS = {'bat_and_ball': bat_and_ball, 'machines': machines, 'lily_pads': lily_pads}
+# of each kind of problem: name of its noun -> the words by which a question has it
+NOUNS = {
+    'bat_and_ball': {'-'.join(pair): set(pair) for pair in words.BOUGHT},
+    'machines': {noun: {noun} for noun in words.MADE},
+    'lily_pads': {noun: {noun} for noun in words.GROWING}}
 _UNITS = {'bat_and_ball': ['.'], 'machines': ['minutes', '.'], 'lily_pads': ['.']}
 
 
