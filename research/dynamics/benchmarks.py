@@ -199,7 +199,7 @@ def evaluate_trajectory(subject: Subject, run_dir: RunDir, loaded: dict[str, dic
       say(f'[{number}/{len(missing)}] step {step}, {name}: {_short(rows, name)}, '
           f'{duration(left)} left')
   finally:
-    results_lib.write_table(run_dir.evals_csv, all_rows(run_dir))
+    results_lib.write_table(run_dir.evals_csv, results_lib.all_rows(run_dir))
   return [row for step, _, variant in wanted
           for row in results_lib.read_record(run_dir.eval_json(variant, step))['rows']]
 
@@ -239,9 +239,3 @@ def _short(rows: list[Row], name: str) -> str:
   """Returns the metrics of a task or group itself in a few words, else those of its first task."""
   own = [row for row in rows if row.task == name] or rows[:1]
   return ', '.join(f'{row.metric} {row.value:.4f}' for row in own)
-
-
-def all_rows(run_dir: RunDir) -> list[Row]:
-  """Returns all metrics in a run directory, by folder and step."""
-  return [row for path in sorted(run_dir.evals.glob('*/step-*.json'))
-          for row in results_lib.read_record(path)['rows']]

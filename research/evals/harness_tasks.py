@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import logging
 import os
 import pathlib
 import sys
@@ -18,6 +19,8 @@ def require_harness() -> None:
   # Forks of a process with JAX's threads may hang.
   os.environ.setdefault('DISABLE_MULTIPROC', '1')
   os.environ.setdefault('USE_TORCH', '0')  # of datasets, where torch happens to be installed
+  # It warns of every metric whose aggregation is left to its default.
+  logging.getLogger('lm_eval.api.task').setLevel(logging.ERROR)
   if not sys.stderr.isatty():
     os.environ.setdefault('TQDM_DISABLE', '1')
     os.environ.setdefault('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')

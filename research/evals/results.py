@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from research.run_dir import write_whole
+from research.run_dir import RunDir, write_whole
 
 
 class Row(NamedTuple):
@@ -77,6 +77,12 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
   record['rows'] = [Row(**{**row, **{name: math.nan for name in ('value', 'stderr')
                                      if row[name] is None}}) for row in record['rows']]
   return record
+
+
+def all_rows(run_dir: RunDir) -> list[Row]:
+  """Returns all metrics in a run directory, by folder and step."""
+  return [row for path in sorted(run_dir.evals.glob('*/step-*.json'))
+          for row in read_record(path)['rows']]
 
 
 def write_table(path: pathlib.Path, rows: Iterable[Row]) -> None:
