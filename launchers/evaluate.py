@@ -51,8 +51,8 @@ def main() -> None:
   run_dir = RunDir(RUN_DIR.value)
   subject = benchmarks.open_subject(run_dir, SOURCE.value, shared.overrides())
   steps = benchmarks.chosen_steps(subject, STEPS.value)
-  run_dir.lock()
   loaded = harness_tasks.load(TASKS.value, INCLUDE_PATH.value, NUM_FEWSHOT.value)
+  run_dir.lock()
   rows = benchmarks.evaluate_trajectory(subject, run_dir, loaded, steps, limit=LIMIT.value,
                                         num_fewshot=NUM_FEWSHOT.value)
   print('\n'.join(described(rows)))

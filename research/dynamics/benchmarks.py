@@ -135,7 +135,7 @@ def _content(trajectory: Trajectory) -> Callable[[int], str]:
       return _hash([trajectory.location, name, trajectory.commits().get(name, ''),
                     trajectory.file_sizes(step)])
     return _hash([trajectory.recorded(step, name) for name in trajectory.names])
-  return content
+  return functools.cache(content)
 
 
 def _hash(facts: Any) -> str:
@@ -199,7 +199,8 @@ def evaluate_trajectory(subject: Subject, run_dir: RunDir, loaded: dict[str, dic
       say(f'[{number}/{len(missing)}] step {step}, {name}: {_short(rows, name)}, '
           f'{duration(left)} left')
   finally:
-    results_lib.write_table(run_dir.evals_csv, results_lib.all_rows(run_dir))
+    if rows := results_lib.all_rows(run_dir):
+      results_lib.write_table(run_dir.evals_csv, rows)
   return [row for step, _, variant in wanted
           for row in results_lib.read_record(run_dir.eval_json(variant, step))['rows']]
 
@@ -215,12 +216,11 @@ def _evaluated(subject: Subject, run_dir: RunDir, model: HarnessModel, loaded: d
   start = time.perf_counter()
   found = evaluated(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS)
   path = run_dir.eval_json(variant, step)
-  for other in sorted(path.parent.glob('step-*.json')):
-    record = results_lib.read_record(other)
-    if other != path and record['requests'] != model.asked:
-      raise UserError(f'{path.parent} holds results of other requests (step {record["step"]}): the '
-                      'task, its data or its demonstrations have changed since; move the folder '
-                      'away to begin anew')
+  others = sorted(set(path.parent.glob('step-*.json')) - {path})
+  if others and (record := results_lib.read_record(others[0]))['requests'] != model.asked:
+    raise UserError(f'{path.parent} holds results of other requests (step {record["step"]}): the '
+                    'task, its data or its demonstrations have changed since; move the folder away '
+                    'to begin anew')
   n_cut = sum(model.n_truncated.values())
   if n_cut:
     say(f'{variant}: {n_cut} of {sum(model.n_requests.values())} requests are longer than '

@@ -32,7 +32,8 @@ from research.evals.continuations import (
 from research.evals.generation import Wish, generate_texts
 from research.training.logs import duration
 
-MAX_NEW_TOKENS = 256  # of a text whose task does not say it, as in the harness
+# Tokens of a text whose task does not say it, as in the harness; half of a shorter context.
+MAX_NEW_TOKENS = 256
 DEMONSTRATION_SEED = 1234  # as in the harness
 SAY_SECONDS = 5.0
 # What a task may say about generation, beside its length, which has several names.

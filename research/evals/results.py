@@ -96,9 +96,14 @@ def described(rows: Iterable[Row]) -> list[str]:
   """Returns the lines of a table for people."""
   cells = [('step', 'task', 'n_shot', 'metric', 'filter', 'value', 'stderr', 'n')]
   for row in rows:
-    error = '' if math.isnan(row.stderr) else f'{row.stderr:.4f}'
+    error = '' if math.isnan(row.stderr) else _text(row.stderr)
     cells.append((str(row.step), row.task, str(row.n_shot if row.n_shot is not None else ''),
-                  row.metric, row.filter, f'{row.value:.4f}', error, str(row.n_samples)))
+                  row.metric, row.filter, _text(row.value), error, str(row.n_samples)))
   widths = [max(map(len, column)) for column in zip(*cells)]
   return ['  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
           for line in cells]
+
+
+def _text(value: float) -> str:
+  """Returns a number for people; perplexities of an untrained model are large."""
+  return f'{value:.4f}' if abs(value) < 1e6 else f'{value:.3e}'

@@ -33,7 +33,7 @@ CHOICES = [
     {'q': 'the bread was ', 'choices': ['good', 'soup'], 'gold': 1},
     {'q': 'the', 'choices': ['good', 'other', 'soup', 'b'], 'gold': 2},
     # Longer than the model's context, for both choices.
-    {'q': 'the good soup, unlike any other dish, was', 'choices': ['good', 'bad'], 'gold': 1},
+    {'q': 'zzyx ' * 8 + 'was', 'choices': ['good', 'bad'], 'gold': 1},
     {'q': 'was', 'choices': ['a', 'b', 'c'], 'gold': 1}]
 TEXTS = ['the soup', 'the soup was good', TEXT[:150], 'bread ' * 40]
 UNTIL = ['e', '\n']
