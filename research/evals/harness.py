@@ -229,7 +229,7 @@ class HarnessModel(TemplateLM):
     def progress(done: int) -> None:
       nonlocal said
       now = time.perf_counter()
-      if now - said > SAY_SECONDS and done:
+      if now - said > SAY_SECONDS and 0 < done < n:
         said = now
         left = duration((now - began) / done * (n - done))
         self._say(f'{done:,} of {n:,} {what}, {left} left')

@@ -6,11 +6,12 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
-from research.dynamics import accuracies, benchmarks
 from research.data import tokenizers
+from research.dynamics import accuracies, benchmarks
 from research.errors import UserError
-from research.evals import harness_tasks
+from research.evals import harness, harness_tasks
 from research.evals.results import described, variant_of
 from research.run_dir import RunDir
 from tests.models import hf_cases
@@ -33,6 +34,7 @@ def load(tmp_path, documents=SUMS):
 
 
 def test_checkpoints_of_a_run_are_asked_once_each(short_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(harness, 'SAY_SECONDS', 3600.0)  # what it says then depends on no clock
   said = []
   subject = benchmarks.open_subject(short_run)
   assert benchmarks.chosen_steps(subject, '') == [30]
@@ -56,9 +58,9 @@ def test_checkpoints_of_a_run_are_asked_once_each(short_run, tmp_path, monkeypat
   assert more[:2] + more[4:] == rows
   few = ask(load(tmp_path), [7], limit=4)
   assert few[0].n_samples == 4 and short_run.eval_json('sums-first4', 7).exists()
-  monkeypatch.setattr(benchmarks, 'evaluated', None)
-  assert ask(load(tmp_path), [7, 20, 30]) == more
-  monkeypatch.undo()
+  with monkeypatch.context() as patched:
+    patched.setattr(benchmarks, 'evaluated', None)
+    assert ask(load(tmp_path), [7, 20, 30]) == more
 
   # The table opens in pandas, and feeds the detector.
   table = pd.read_csv(short_run.evals_csv)
@@ -96,10 +98,12 @@ def test_a_word_that_the_run_does_not_know_is_said_before_anything_is_asked(shor
 
 
 def test_a_folder_and_a_series_give_what_each_of_their_checkpoints_gives(tmp_path):
-  for scale, name in enumerate(('step1000', 'step2000')):
-    hf = hf_cases.config_json('gpt_neox-default-untied') | {'vocab_size': 264}
-    hf_cases.write(tmp_path / 'series' / name, hf | {'layer_norm_eps': 1e-5 * (9 * scale + 1)})
-    tokenizers.byte_tokenizer().save(tmp_path / 'series' / name / 'tokenizer.json')
+  hf = hf_cases.config_json('gpt_neox-default-untied') | {'vocab_size': 264}
+  for scale, name in enumerate(('step1000', 'step2000'), 1):
+    folder = hf_cases.write(tmp_path / 'series' / name, hf)
+    save_file({name: scale * x for name, x in hf_cases.tensors(hf).items()},
+              folder / 'model.safetensors', metadata={'format': 'pt'})
+    tokenizers.byte_tokenizer().save(folder / 'tokenizer.json')
   write_texts(tmp_path / 'tasks', 'prose', ['the soup was good', 'b' * 300])
   loaded = harness_tasks.load(['prose'], str(tmp_path / 'tasks'))
 
