@@ -15,10 +15,11 @@ from models.kernels.decoding import ContiguousCache
 from models.sampling import Sampling, row_keys, sample
 from research.build import Build
 from research.data.tokenizers import Tokenizer
-from research.evals.continuations import Tokens, padded
+from research.evals.continuations import Tokens
 from research.training.divisions import replicas
 
 CHUNK_TOKENS = 32_768  # prompts and texts that are in the caches at a time on a replica, at most
+LEAST_LENGTH = 16  # of padded prompts: two programs are compiled for each power of 2 from here on
 BATCH_ROWS = 64  # rows generated at a time on a replica, at most
 # Stop texts are looked for after as many tokens; so long the devices work without the host.
 STRIDE = 16
@@ -90,15 +91,20 @@ def _batches(wishes: Sequence[Wish], built: Build) -> list[_Batch]:
   context_length, n_replicas = built.config.model.context_length, replicas(built.mesh.shape)
   alike: dict[tuple, list[int]] = collections.defaultdict(list)
   for i, wish in enumerate(wishes):
-    length = min(padded(len(wish.prompt)), context_length)
+    length = min(max(LEAST_LENGTH, _doubled(len(wish.prompt))), context_length)
     alike[length, wish.max_tokens, wish.sampling].append(i)
   batches = []
   for (length, max_tokens, _), members in sorted(alike.items(), key=lambda item: -item[0][0]):
     most = n_replicas * max(1, min(BATCH_ROWS, CHUNK_TOKENS // (length + max_tokens)))
-    n_rows = min(most, -(-padded(len(members)) // n_replicas) * n_replicas)
+    n_rows = min(most, -(-_doubled(len(members)) // n_replicas) * n_replicas)
     batches += [_Batch(members[start:start + n_rows], length, n_rows)
                 for start in range(0, len(members), n_rows)]
   return batches
+
+
+def _doubled(n: int) -> int:
+  """Returns the least power of 2 that is not below n."""
+  return 1 << (n - 1).bit_length()
 
 
 def _write(batch: _Batch, wishes: Sequence[Wish], numbers: list[int], graphdef: Any,

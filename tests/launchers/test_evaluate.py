@@ -13,13 +13,13 @@ from tests.research.harness_tasks_folder import write_choices
 from research.run_dir import RunDir
 from research.training.loop import train
 
-WITHOUT_TORCH = """
+# The launcher, and then what it has imported of torch, which may be installed or not.
+THEN_TORCH = """
 import runpy, sys
-sys.modules['torch'] = None  # to import it is an error
 try:
   runpy.run_module('launchers.evaluate', run_name='__main__')
 finally:
-  print('modules of torch:', [name for name in sys.modules if name.startswith('torch.')])
+  print('of torch:', [name for name in sys.modules if name.partition('.')[0] == 'torch'])
 """
 
 
@@ -30,14 +30,14 @@ def test_a_task_is_asked_without_torch(tmp_path, quick_compilation):
   write_choices(tmp_path / 'tasks', 'sums', [
       {'q': f'{a} + 1 =', 'choices': [str(a), str(a + 1)], 'gold': 1} for a in range(1, 7)])
   result = subprocess.run(
-      [sys.executable, '-c', WITHOUT_TORCH, f'--run_dir={run_dir.path}', '--tasks=sums',
+      [sys.executable, '-c', THEN_TORCH, f'--run_dir={run_dir.path}', '--tasks=sums',
        f'--include_path={tmp_path / "tasks"}', '--steps=2,4', '--limit=5'], cwd=ROOT, text=True,
       capture_output=True, check=False,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'HF_DATASETS_OFFLINE': '1', 'HF_HUB_OFFLINE': '1',
            'HF_DATASETS_CACHE': str(tmp_path / 'cache'),
            'XLA_FLAGS': '--xla_force_host_platform_device_count=8'})
   assert result.returncode == 0, result.stderr
-  assert result.stdout.endswith('modules of torch: []\n')
+  assert result.stdout.endswith('of torch: []\n')
   assert '[2/2] step 4, sums: acc ' in result.stderr
   table = pd.read_csv(run_dir.evals_csv)
   assert table[['step', 'metric', 'n_samples']].values.tolist() == [
@@ -50,10 +50,8 @@ def test_a_task_is_asked_without_torch(tmp_path, quick_compilation):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--tasks=sums'], '--run_dir is empty'),
     (['--run_dir=runs/none'], '--tasks is empty'),
     (['--run_dir=/dev/null', '--tasks=sums'], '/dev/null is no trajectory'),
-    (['--run_dir=x', '--tasks=sums', '--limit=0'], 'limit'),
 ])
 def test_bad_flags_are_one_sentence(arguments, words):
   result = launch('evaluate', *arguments)

@@ -101,7 +101,7 @@ def test_a_folder_and_a_series_give_what_each_of_their_checkpoints_gives(tmp_pat
   hf = hf_cases.config_json('gpt_neox-default-untied') | {'vocab_size': 264}
   for scale, name in enumerate(('step1000', 'step2000'), 1):
     folder = hf_cases.write(tmp_path / 'series' / name, hf)
-    save_file({name: scale * x for name, x in hf_cases.tensors(hf).items()},
+    save_file({key: scale * x for key, x in hf_cases.tensors(hf).items()},
               folder / 'model.safetensors', metadata={'format': 'pt'})
     tokenizers.byte_tokenizer().save(folder / 'tokenizer.json')
   write_texts(tmp_path / 'tasks', 'prose', ['the soup was good', 'b' * 300])
