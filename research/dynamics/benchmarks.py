@@ -85,10 +85,13 @@ def open_subject(run_dir: RunDir, source: str = '', overrides: Sequence[tuple[st
 
 
 def _of_run(run_dir: RunDir) -> Subject:
-  """Returns the checkpoints of a run directory."""
+  """Returns the checkpoints of a run directory; raises UserError where no mesh here fits it."""
   trajectory = open_trajectory(run_dir.path)
   manifest = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))
-  built = build_here(trajectory.config)
+  try:
+    built = build_here(trajectory.config)
+  except ValueError as error:
+    raise UserError(str(error)) from error
   if isinstance(trajectory, PublicTrajectory):
     trajectory = trajectory.only([int(step) for step in manifest['series']['monitored']])
   return Subject(
@@ -113,7 +116,8 @@ def _of_folder(folder: pathlib.Path, overrides: Sequence[tuple[str, str]]) -> Su
   imported = prepared(config, checkpoint.config, folder)
   sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
   return Subject(folder.name, imported.built, imported.tokenizer, imported.start_id, [0],
-                 lambda step: None, lambda step: place_streamed(checkpoint.read, imported.built.params),
+                 lambda step: None,
+                 lambda step: place_streamed(checkpoint.read, imported.built.params),
                  lambda step: _hash([str(folder.resolve()), sizes]))
 
 
@@ -153,7 +157,7 @@ def chosen_steps(subject: Subject, wanted: str) -> list[int]:
   try:
     steps = sorted({int(step) for step in wanted.split(',')})
   except ValueError as error:
-    raise UserError(f"--steps={wanted}: give all, or steps with commas between") from error
+    raise UserError(f'--steps={wanted}: give all, or steps with commas between') from error
   for step in steps:
     if step not in subject.steps:
       near = sorted(subject.steps, key=lambda other: abs(other - step))[:2]
@@ -178,9 +182,13 @@ def evaluate_trajectory(subject: Subject, run_dir: RunDir, loaded: dict[str, dic
     say: takes lines of progress.
 
   Raises:
-    UserError: a request cannot be answered by this model, or a task is not any more what it was
-      when other checkpoints were asked.
+    UserError: the directory has results of another model, a request cannot be answered by this
+      one, or a task is not any more what it was when other checkpoints were asked.
   """
+  earlier = next(run_dir.evals.glob('*/step-*.json'), None)
+  if earlier and (name := results_lib.read_record(earlier)['model']) != subject.name:
+    raise UserError(f'{run_dir.evals} holds results of {name}, not of {subject.name}; choose '
+                    'another --run_dir')
   model = HarnessModel(subject.built, subject.tokenizer, subject.start_id, say=say)
   wanted = [(step, name, results_lib.variant_of(name, num_fewshot, limit))
             for step in steps for name in loaded]
@@ -227,7 +235,8 @@ def _evaluated(subject: Subject, run_dir: RunDir, model: HarnessModel, loaded: d
         f'model.context_length={model.max_length} and were cut from the left')
   rows = results_lib.rows_of(found, subject.name, step, subject.tokens(step), variant)
   results_lib.write_record(path, {
-      'step': step, 'tokens': subject.tokens(step), 'checkpoint': subject.content(step),
+      'model': subject.name, 'step': step, 'tokens': subject.tokens(step),
+      'checkpoint': subject.content(step),
       'requests': model.asked, 'n_requests': dict(model.n_requests),
       'n_truncated': dict(model.n_truncated), 'limit': limit, 'versions': found['versions'],
       'higher_is_better': found['higher_is_better'], 'lm_eval': lm_eval.__version__,

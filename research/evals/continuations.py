@@ -168,7 +168,8 @@ def _chunks(shape: Shape, groups: list[_Group], built: Build
   """Yields groups of one shape as equally shaped chunks, and the request of each row."""
   P, I, S = shape
   n_replicas, vocab_size = replicas(built.mesh.shape), built.config.model.vocab_size
-  most = n_replicas * max(1, min(CHUNK_TOKENS // _cost(shape), CHUNK_LOGITS // (I * S * vocab_size)))
+  most = n_replicas * max(1, min(CHUNK_TOKENS // _cost(shape),
+                                 CHUNK_LOGITS // (I * S * vocab_size)))
   n_chunks = -(-len(groups) // most)
   C = -(-len(groups) // n_chunks)
   C = -(-C // n_replicas) * n_replicas

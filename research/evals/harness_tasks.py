@@ -72,11 +72,11 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
   """Returns the tasks of a name; their data are read, or fetched, here."""
   try:
     return manager.load([name])
-  except OSError as error:  # datasets raises ConnectionError and FileNotFoundError, or kinds of them
+  except OSError as error:  # datasets raises ConnectionError, FileNotFoundError or kinds of them
     raise UserError(
-        f'--tasks={name}: its data is not at hand ({" ".join(str(error).split())}); go online once, '
-        'so that it comes into the cache of Hugging Face datasets, or give tasks whose YAML names '
-        'local files with --include_path') from error
+        f'--tasks={name}: its data is not at hand ({" ".join(str(error).split())}); go online '
+        'once, so that it comes into the cache of Hugging Face datasets, or give tasks whose YAML '
+        'names local files with --include_path') from error
   except ModuleNotFoundError as error:
     raise UserError(f'--tasks={name}: this task needs the package {error.name}; pip install it'
                     ) from error

@@ -117,6 +117,8 @@ def test_a_folder_and_a_series_give_what_each_of_their_checkpoints_gives(tmp_pat
   assert [row.value for row in series[2:]] == [row.value for row in alone]
   assert series[0].value != series[2].value
   assert 5 < alone[1].value < 20 and np.isnan(alone[1].stderr)  # bits per byte; log2(264) is 8
+  with pytest.raises(UserError, match='holds results of .*series, not of step2000; choose another'):
+    ask(tmp_path / 'series' / 'step2000', RunDir(tmp_path / 'all'))
   with pytest.raises(UserError, match='give it as --run_dir|is no trajectory'):
     benchmarks.open_subject(RunDir(tmp_path / 'other'), str(tmp_path / 'none'))
 

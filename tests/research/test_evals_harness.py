@@ -49,7 +49,8 @@ def offline(monkeypatch, tmp_path):
 @functools.cache
 def built(n_devices: int):
   mesh = MeshConfig() if n_devices == 1 else MeshConfig(data=2, fsdp=2, tensor=2)
-  return build_lib.build(config_of(MODEL, 'tiny', 1), make_mesh(mesh, jax.devices()[:n_devices]), {})
+  devices = jax.devices()[:n_devices]
+  return build_lib.build(config_of(MODEL, 'tiny', 1), make_mesh(mesh, devices), {})
 
 
 @functools.cache
@@ -222,7 +223,7 @@ def test_a_sampled_text_is_drawn_anew_when_asked_again_and_the_same_for_the_same
 
 @pytest.mark.parametrize('ask, says', [
     (('generate_until', 'a', {'max_gen_toks': CONTEXT}),
-     f'document 4: generation_kwargs.max_gen_toks={CONTEXT} leaves no room .* at most {CONTEXT - 1}'),
+     f'document 4: .*max_gen_toks={CONTEXT} leaves no room .* at most {CONTEXT - 1}'),
     (('generate_until', 'a', {'typical_p': .5}), 'generation_kwargs.typical_p is not known'),
     (('generate_until', 'a', {'do_sample': True, 'top_p': 2.0}), 'top_p=2.0 must be'),
     (('loglikelihood', 'a', ''), "task task, document 4: continuation '' adds no token"),
