@@ -7,7 +7,6 @@ goes on from them.
 import bisect
 import collections
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +25,9 @@ Tokens = tuple[int, ...]
 CHUNK_TOKENS = 16_384  # run at a time on a replica, at most
 CHUNK_LOGITS = 1 << 28  # made at a time on a replica, at most: 1 GiB in float32
 MOST_ROWS = 64  # continuations of one context that run together
-# A shape of its own must spare this many tokens of padding; compiling it takes about as long.
-SHAPE_TOKENS = 1 << 16
+# A shape of its own must spare this many tokens of padding, and this share of all tokens: it takes
+# time to compile, once, and padding takes time at every checkpoint.
+SHAPE_TOKENS, SHAPE_SHARE = 1 << 12, 1 / 512
 
 
 class Request(NamedTuple):
@@ -138,29 +138,37 @@ def _cost(shape: Shape) -> int:
 
 
 def _shaped(groups: list[_Group], context_length: int) -> list[tuple[Shape, list[_Group]]]:
-  """Returns groups by shape, the longest first; shapes that spare little are joined."""
+  """Returns groups by shape, the longest first; a shape that spares little joins a larger one."""
   shapes: dict[Shape, list[_Group]] = collections.defaultdict(list)
   for group in groups:
     shapes[_shape(group.sizes, context_length)].append(group)
+  n_tokens = sum(len(members) * _cost(shape) for shape, members in shapes.items())
+  least = max(SHAPE_TOKENS, int(SHAPE_SHARE * n_tokens))
+  kept: dict[Shape, list[_Group]] = {}
+  for shape in sorted(shapes, key=_cost, reverse=True):
+    members = shapes[shape]
+    joins = [(_padding(shape, len(members), other, len(kept[other])), other) for other in kept
+             if _may_join(shape, other, context_length)]
+    more, other = min(joins, default=(least, shape))
+    if more < least:
+      members, shape = kept.pop(other) + members, Shape(*map(max, shape, other))
+    kept[shape] = kept.get(shape, []) + members
+  return sorted(kept.items(), key=lambda item: -_cost(item[0]))
 
-  def joined(pair: tuple[Shape, Shape]) -> tuple[int, Shape]:
-    """Returns what it costs in padding to run two shapes as one, and that one."""
-    a, b = pair
-    both = Shape(*map(max, a, b))
-    # A context of one token has nothing to be read first: it must not meet those that have.
-    if both.prefix + both.length > context_length or (a.prefix == 0) != (b.prefix == 0):
-      return SHAPE_TOKENS, both
-    more = sum(len(shapes[shape]) * (_cost(both) - _cost(shape)) for shape in pair)
-    return more, both
 
-  while len(shapes) > 1:
-    pair = min(itertools.combinations(shapes, 2), key=lambda pair: joined(pair)[0])
-    more, both = joined(pair)
-    if more >= SHAPE_TOKENS:
-      break
-    members = [group for shape in pair for group in shapes.pop(shape)]
-    shapes[both] = shapes.get(both, []) + members
-  return sorted(shapes.items(), key=lambda item: -_cost(item[0]))
+def _padding(a: Shape, n_a: int, b: Shape, n_b: int) -> int:
+  """Returns the tokens that it costs to run n_a and n_b groups of two shapes as one."""
+  both = _cost(Shape(*map(max, a, b)))
+  return n_a * (both - _cost(a)) + n_b * (both - _cost(b))
+
+
+def _may_join(a: Shape, b: Shape, context_length: int) -> bool:
+  """Returns whether two shapes can be run as one.
+
+  A context of one token has nothing to be read first: it must not meet those that have.
+  """
+  return (max(a.prefix, b.prefix) + max(a.length, b.length) <= context_length
+          and (a.prefix == 0) == (b.prefix == 0))
 
 
 def _chunks(shape: Shape, groups: list[_Group], built: Build

@@ -23,6 +23,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_task_is_asked_without_torch(tmp_path, quick_compilation):
   run_dir = RunDir(tmp_path / 'run')
   train(short_config(n_steps='4', **{'checkpoints.snapshot_every': '2', 'checkpoints.every': '4'}),
@@ -49,12 +50,8 @@ def test_a_task_is_asked_without_torch(tmp_path, quick_compilation):
                             f'{row.stderr:.4f}', '5']
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--run_dir=runs/none'], '--tasks is empty'),
-    (['--run_dir=/dev/null', '--tasks=sums'], '/dev/null is no trajectory'),
-])
-def test_bad_flags_are_one_sentence(arguments, words):
-  result = launch('evaluate', *arguments)
+def test_a_bad_flag_is_one_sentence():
+  result = launch('evaluate', '--run_dir=runs/none')
   assert result.returncode == 2
-  lines = result.stderr.strip().splitlines()
-  assert len(lines) == 1 and words in lines[0], result.stderr
+  assert result.stderr == ('error: --tasks is empty; name tasks of lm-evaluation-harness, say '
+                           '--tasks=arc_easy\n')

@@ -93,6 +93,8 @@ def test_a_word_that_the_run_does_not_know_is_said_before_anything_is_asked(shor
     benchmarks.chosen_steps(subject, '3,31')
   with pytest.raises(UserError, match='--steps=last: give all, or steps'):
     benchmarks.chosen_steps(subject, 'last')
+  with pytest.raises(UserError, match='/dev/null is no trajectory'):
+    benchmarks.open_subject(RunDir('/dev/null'))
   with pytest.raises(UserError, match='leave --source out'):
     benchmarks.open_subject(short_run, str(tmp_path))
 

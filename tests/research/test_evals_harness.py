@@ -131,7 +131,7 @@ def write_folder(folder, answers):
   write_questions(folder, 'questions', answers, until=UNTIL, max_gen_toks=7)
 
 
-@pytest.mark.parametrize('n_devices', [1, 8])
+@pytest.mark.parametrize('n_devices', [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_three_kinds_of_task_equal_hand_computed_values(tmp_path, n_devices):
   questions = ['the soup', 'was', 'bread and', TEXT[:100], 'good']
   texts = [written(question, 7) for question in questions]
