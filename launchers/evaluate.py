@@ -13,9 +13,10 @@ Needs the extra evals: pip install -e '.[evals]'. A task is a name of the harnes
   dataset_kwargs: {data_files: {test: /where/it/lies.jsonl}}
 
 --source is a folder as transformers writes it, or a public series (see launchers.monitor); its
-results go to --run_dir. Without it the checkpoints are those of --run_dir. Results: one file per
-task and checkpoint, evals/<task>/step-<step>.json, and all metrics with their standard errors in
-one long table, evals/results.csv. Repeating the command asks only what is missing; other
+results go to --run_dir, and --config.mesh.fsdp=8, say, splits it over devices. Without --source the
+checkpoints are those of --run_dir. Results: one file per task and checkpoint,
+evals/<task>/step-<step>.json, and all metrics with their standard errors in one long table,
+evals/results.csv. Repeating the command asks only what is missing; other
 demonstrations or another limit go to folders of their own. Prompts that are longer than the model's
 context are cut from the left, and counted.
 """

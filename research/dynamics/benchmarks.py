@@ -68,8 +68,12 @@ def open_subject(run_dir: RunDir, source: str = '', overrides: Sequence[tuple[st
     overrides: settings, for a source.
 
   Raises:
-    UserError: there is no such checkpoint, or its tokenizer or mesh cannot be used.
+    UserError: there is no such checkpoint, its tokenizer or mesh cannot be used, or settings are
+      given without a source.
   """
+  if not source and overrides:
+    raise UserError(f'--config.{overrides[0][0]} means nothing here: the settings are those of '
+                    f'{run_dir.path}; they can be chosen for a --source')
   if not source:
     return _of_run(run_dir)
   if run_dir.manifest_json.exists():

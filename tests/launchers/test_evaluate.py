@@ -7,11 +7,11 @@ import sys
 import pandas as pd
 import pytest
 
+from research.run_dir import RunDir
+from research.training.loop import train
 from tests.launchers.test_launchers import ROOT, launch
 from tests.research.conftest import short_config
 from tests.research.harness_tasks_folder import write_choices
-from research.run_dir import RunDir
-from research.training.loop import train
 
 # The launcher, and then what it has imported of torch, which may be installed or not.
 THEN_TORCH = """

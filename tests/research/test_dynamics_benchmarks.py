@@ -95,6 +95,8 @@ def test_a_word_that_the_run_does_not_know_is_said_before_anything_is_asked(shor
     benchmarks.chosen_steps(subject, 'last')
   with pytest.raises(UserError, match='/dev/null is no trajectory'):
     benchmarks.open_subject(RunDir('/dev/null'))
+  with pytest.raises(UserError, match='--config.mesh.data means nothing here'):
+    benchmarks.open_subject(short_run, '', [('mesh.data', '2')])
   with pytest.raises(UserError, match='leave --source out'):
     benchmarks.open_subject(short_run, str(tmp_path))
 
