@@ -1,10 +1,9 @@
 r"""Asks checkpoints the tasks of lm-evaluation-harness: any public benchmark serves as a control.
 
-  python -m launchers.evaluate --run_dir=runs/quickstart --tasks=arc_easy,hellaswag --limit=500
-  python -m launchers.evaluate --run_dir=runs/quickstart --tasks=my_task --include_path=my_tasks \
-      --steps=all
+  python -m launchers.evaluate --run_dir=runs/text --tasks=arc_easy,hellaswag --limit=500
+  python -m launchers.evaluate --run_dir=runs/text --tasks=mine --include_path=my_tasks --steps=all
   python -m launchers.evaluate --source=folder/of/revisions --run_dir=runs/theirs --steps=all \
-      --tasks=lambada_openai --num_fewshot=0
+      --tasks=lambada_openai
 
 Needs the extra evals: pip install -e '.[evals]'. A task is a name of the harness, or a YAML file in
 --include_path. Its data come from Hugging Face datasets, or from local files that the YAML names:
@@ -16,9 +15,9 @@ Needs the extra evals: pip install -e '.[evals]'. A task is a name of the harnes
 results go to --run_dir, and --config.mesh.fsdp=8, say, splits it over devices. Without --source the
 checkpoints are those of --run_dir. Results: one file per task and checkpoint,
 evals/<task>/step-<step>.json, and all metrics with their standard errors in one long table,
-evals/results.csv. Repeating the command asks only what is missing; other
-demonstrations or another limit go to folders of their own. Prompts that are longer than the model's
-context are cut from the left, and counted.
+evals/results.csv. Repeating the command asks only what is missing; other demonstrations or another
+limit go to folders of their own. Prompts longer than the model's context are cut from the left, and
+counted. A run with a closed list of words, such as quickstart, takes tasks in these words only.
 """
 
 from absl import flags
