@@ -1,7 +1,12 @@
-"""Our models in lm-evaluation-harness. Witness: one request at a time, softmax in float64 NumPy."""
+"""Our models in lm-evaluation-harness.
+
+Witnesses: one request at a time, softmax in float64 NumPy; and the harness's own backend.
+"""
 
 import functools
+import json
 import math
+import pathlib
 import re
 
 import datasets
@@ -15,13 +20,17 @@ from models.config import ModelConfig
 from parallelism.mesh import MeshConfig, make_mesh
 from research import build as build_lib
 from research.data import tokenizers
+from research.dynamics import benchmarks
 from research.dynamics.public_trajectory import config_of
 from research.errors import UserError
 from research.evals import generation, harness_tasks
 from research.evals.harness import HarnessModel, evaluated
+from research.run_dir import RunDir
+from tests.research import harness_witness
 from tests.research.harness_tasks_folder import write_choices, write_questions, write_texts
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / 'golden'
 CONTEXT = 24
 MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_head=8, d_ff=32,
                     vocab_size=320, context_length=CONTEXT, compute_dtype='float32')
@@ -179,6 +188,21 @@ def test_answers_equal_one_request_at_a_time():
   sums = model.loglikelihood_rolling([request('loglikelihood_rolling', text) for text in TEXTS])
   for text, total in zip(TEXTS, sums, strict=True):
     assert_close(total, rolled(text))
+
+
+def test_answers_are_those_of_the_harness_with_transformers(tmp_path):
+  subject = benchmarks.open_subject(RunDir(tmp_path / 'run'), str(harness_witness.write(tmp_path)))
+  model = HarnessModel(subject.built, subject.tokenizer, subject.start_id)
+  model.params = subject.params(0)
+  found = harness_witness.answers(model)
+  theirs = json.loads((GOLDEN / 'harness_answers.json').read_text(encoding='utf-8'))
+  assert found['prompts'] == theirs['prompts'] and len(set(found['prompts'])) > 1
+  for mine, other in zip(found['texts'], theirs['texts'], strict=True):
+    assert_close(mine, other)
+  for (logp, greedy), (other, is_greedy) in zip(found['pairs'], theirs['pairs'], strict=True):
+    assert_close(logp, other)
+    assert greedy == is_greedy
+  assert model.n_truncated == {'task': 3}
 
 
 def test_greedy_tokens_are_known_as_such():
