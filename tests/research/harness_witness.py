@@ -2,8 +2,8 @@
 
 To make it again, in two environments, the second with `pip install 'lm_eval[hf]==0.4.13'`:
 
-  python -m tests.research.harness_witness write /tmp/witness
-  python tests/research/harness_witness.py answer /tmp/witness > tests/golden/harness_answers.json
+  python -m tests.research.harness_witness write folder
+  python tests/research/harness_witness.py answer folder > tests/golden/harness_answers.json
 """
 
 import json
