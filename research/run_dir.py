@@ -45,6 +45,8 @@ class RunDir:
     self.states_parquet = self.path / 'states.parquet'
     self.captures_json = self.path / 'captures.json'
     self.persona_jsonl = self.path / 'persona.jsonl'
+    self.evals = self.path / 'evals'
+    self.evals_csv = self.evals / 'results.csv'
     self.report_html = self.path / 'report.html'
     self.figures = self.path / 'figures'
     self.verified_jsonl = self.path / 'verified.jsonl'
@@ -86,6 +88,10 @@ class RunDir:
   def documents_parquet(self, question: str) -> pathlib.Path:
     """Returns where the documents of the step lie that a bisection found."""
     return self.path / f'documents-{file_name(question)}.parquet'
+
+  def eval_json(self, variant: str, step: int) -> pathlib.Path:
+    """Returns where the results of a benchmark at a step lie."""
+    return self.evals / file_name(variant) / f'step-{step:08d}.json'
 
   @property
   def locked(self) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from research.errors import UserError
+from research.evals.results import all_rows
+from research.run_dir import RunDir
 
 LEAST_COPIED = 3  # checkpoints in a row that agree in every task before they count as copied
 
@@ -62,6 +64,24 @@ def read_rows(path: pathlib.Path, model: str, value: str = 'value', error: str |
       raise UserError(f'{path}: {row[model]} {row["task"]} step {row["step"]}: {wrong}') from wrong
     by_model.setdefault(row[model], {})[key] = cell
   return [_published(path, name, cells) for name, cells in by_model.items()]
+
+
+def evaluated(run_dir: RunDir, metric: str = 'acc', chosen_filter: str = 'none') -> Published:
+  """Returns what launchers.evaluate measured of a run.
+
+  A task that was asked in another way than by its plain name is called <folder>/<task>.
+
+  Raises:
+    UserError: nothing has this metric, or a task is missing at a step where others are there.
+  """
+  cells, model = {}, ''
+  for row in all_rows(run_dir):
+    if (row.metric, row.filter) == (metric, chosen_filter):
+      task = row.task if row.task == row.variant else f'{row.variant}/{row.task}'
+      cells[task, row.step], model = (row.value, row.stderr), row.model
+  if not cells:
+    raise UserError(f'{run_dir.evals} has no metric {metric}, filter {chosen_filter}')
+  return _published(run_dir.evals_csv, model, cells)
 
 
 def without_repeats(series: Published) -> tuple[Published, list[int]]:

@@ -84,7 +84,7 @@ def sample_run(
   sampling = dataclasses.replace(sampling, n_tokens=tokenizer.vocab_size)
   try:
     check_room(config.model, max(map(len, encoded), default=0), max_tokens)
-    built = _build(config)
+    built = build_here(config)
     params = built.place_params(SnapshotReader(run_dir.snapshots).params(step, built.params))
     params, write = cast(params, 'float32'), built.in_mesh(generate)
     for rows, batch in _batches(encoded, n_samples, replicas(built.mesh.shape)):
@@ -106,7 +106,7 @@ def _mesh(config: config_lib.ExperimentConfig) -> Mesh:
     return make_mesh(MeshConfig(fsdp=math.gcd(len(jax.devices()), config.model.d_model)))
 
 
-def _build(config: config_lib.ExperimentConfig) -> build_lib.Build:
+def build_here(config: config_lib.ExperimentConfig) -> build_lib.Build:
   """Returns the model of a run for the devices at hand, whatever it was trained on."""
   mesh = _mesh(config)
   return build_lib.build(dataclasses.replace(
