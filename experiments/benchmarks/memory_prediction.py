@@ -8,7 +8,9 @@ assignment, which takes 10 to 100 seconds on two cores. The formulas of
 `research.training.memory` were fitted to the cases 'calibration' and committed (809a0c6) before
 those of 'judging' were compiled. Afterwards norms after branches (`saved_bytes`) and the tensor
 axis (`_work_bytes`) got a term each, and whole weights kept with remat 'none' lost theirs, judged
-by the cases 'later' and 'unseen'. What the JSON file holds already is not compiled again.
+by the cases 'later' and 'unseen'. Then gathers over whole slices began to go in two levels, and
+terms were fitted anew to programs of all four. What the JSON file holds already is not compiled
+again.
 """
 
 import json

@@ -1,12 +1,13 @@
 """Predicts, without a compiler, what a training step occupies in the memory of a TPU.
 
 Bytes of one device. Arguments (state and batch) are exact. All else is one heap, whose size is that
-of the fullest of three moments: the loss, the backward pass of a layer, and the sums of gradients
-at the end. Each term below is a formula of shapes; how many arrays of a shape there are was counted
-in the buffer assignments of programs (`experiments.benchmarks.memory_prediction`). Where buffers
-of different moments do not pack well, the heap is larger than any of them, by a fifth at most
-there; MARGIN covers that. Of programs of a few hundred MiB much lies in the chip's vector memory
-instead, which is left out: they take less than predicted.
+of the fullest of four moments: the loss, the scaling of its gradients, the backward pass of a
+layer, and the sums of gradients at the end. Each term below is a formula of shapes; how many arrays
+of a shape there are was counted in the buffers that live at a time in compiled programs
+(`experiments.benchmarks.memory_prediction`). The heap is larger than what lives at any moment where
+buffers of different moments do not pack well: by 3% in the median there, by 15% at most; MARGIN
+covers that. Of programs of a few hundred MiB much lies in the chip's vector memory instead, which
+is left out: they take less than predicted.
 
 Letters: T tokens of a device's micro-batch, l those it has between branches, D, F, V, H, K, E as
 everywhere, F, V, H, K of one tensor device; U = V * D, the embedding of one tensor device.
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
+import re
 from typing import NamedTuple
 
 from models.layers import GATED
@@ -90,7 +92,9 @@ class Step:
   tokens between branches (l) of a micro-batch; heads, kv_heads, d_ff: of one tensor device;
   n_choices: rows of the experts' matrices, 0 without experts; n_micro: micro-batches; n_own: layers
   of the device's stage; n_chunk: layers of one chunk of it; n_stored: chunk inputs kept at a time;
-  offloads: whether sparse cores carry collectives.
+  n_body: layers of one round of the loop over layers, 1 where there is none; offloads: whether
+  sparse cores carry collectives; waits: whether a layer's parameters are longer on the way than its
+  forward takes; first_parts: devices over which gradients are scattered at first.
   """
 
   config: ExperimentConfig
@@ -107,7 +111,10 @@ class Step:
   n_own: int
   n_chunk: int
   n_stored: int
+  n_body: int
   offloads: bool
+  waits: bool
+  first_parts: int
 
   @property
   def embedding(self) -> int:
@@ -145,18 +152,29 @@ def _n_slots(name: str, n_stages: int, n_micro: int, n_chunks: int) -> int:
   return schedules.slots(schedules.schedule(name, n_stages, n_micro, n_chunks)).n_slots
 
 
-def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Step:
-  """Returns the counts of a step on a mesh of chips such as 'v5e'."""
+def _first_parts(sizes: Mapping[str, int], topology: str) -> int:
+  """Returns over how many devices gradients are scattered first.
+
+  All that hold parts, but where they are a whole slice (`mesh.slice_levels`) one of its dimensions.
+  """
+  parts = math.prod(sizes[axis] for axis in sharding.STORAGE['embed'] if axis != 'stage')
+  dims = [int(n) for n in re.findall(r'\d+', topology.partition(':')[2]) if int(n) > 1]
+  return min(dims) if len(dims) > 1 and math.prod(dims) == parts else parts
+
+
+def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], topology: str) -> Step:
+  """Returns the counts of a step on a mesh of a topology such as 'v5e:2x4'."""
   model, tensor, n_stages = config.model, sizes['tensor'], sizes['stage']
   n_micro = divisions.count_microbatches(config, sizes, 'tpu')
   rows = config.data.batch_size // divisions.replicas(sizes) // n_micro
   tokens = rows * config.data.sequence_length // sizes['context']
   own = tokens // tensor if config.compute.sequence else tokens
   n_own, n_chunk, n_stored = model.n_layers, model.n_layers, 0
+  n_body = len(model.layer_pattern) if model.n_layers >= 2 * len(model.layer_pattern) else 1
   if n_stages > 1:
     order_Pn = pipelined.layer_order(model.n_layers, n_stages, config.compute.pipeline_chunks)
     n_chunk = order_Pn.shape[1]
-    n_own = n_chunk * config.compute.pipeline_chunks
+    n_own, n_body = n_chunk * config.compute.pipeline_chunks, 1
     n_stored = _n_slots(config.compute.pipeline, n_stages, n_micro, config.compute.pipeline_chunks)
   n_choices, group = own * model.moe.top_k if model.moe.n_experts else 0, math.prod(
       divisions.expert_group(config, sizes).values())
@@ -164,10 +182,13 @@ def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -
     n_choices = group * experts.round_rows(n_choices, group, model.moe.exchange_factor)
   elif n_choices and model.moe.capacity_factor:
     n_choices = int(n_choices * model.moe.capacity_factor)
+  chip, itemsize = find_chip(topology), 2 if model.compute_dtype == 'bfloat16' else 4
   return Step(
-      config, dict(sizes), 2 if model.compute_dtype == 'bfloat16' else 4, rows, tokens, own,
+      config, dict(sizes), itemsize, rows, tokens, own,
       model.n_heads // tensor, model.n_kv_heads // tensor, model.d_ff // tensor, n_choices,
-      n_micro, n_own, n_chunk, n_stored, chip in OPTIONS)
+      n_micro, n_own, n_chunk, n_stored, n_body, chip.name in OPTIONS,
+      2 * tokens / chip.bf16_flops < (itemsize + F32) / chip.link_bytes_per_second,
+      _first_parts(sizes, topology))
 
 
 class Blocks(NamedTuple):
@@ -239,23 +260,48 @@ def saved_bytes(step: Step) -> int:
 def _work_bytes(step: Step) -> dict[str, int]:
   """Returns what the backward pass of one layer takes beside what all layers keep.
 
-  Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced);
-  queries, keys, values, output and gradients; the residual stream, split and whole (over tensor the
-  tokens of both branches and their gradients are gathered); the gathered matrices under way (two of
-  three of a feed-forward) and float32 gradients not yet scattered. Experts have rows and hidden
-  units of all exchanged rows instead.
+  Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced); half
+  of them are gone when the float32 gradients of two of three matrices wait to be scattered;
+  attention (`_attention_bytes`); the residual stream, split and whole (over tensor the tokens of
+  both branches and their gradients are gathered); the gathered matrices under way (two of three of
+  a feed-forward). Experts have rows and hidden units of all exchanged rows instead.
+
+  Of layers that are one round of a loop sparse cores let more than one be under way: of what was
+  kept the slices of all are taken at once; what is recomputed is that of two, of all where
+  parameters are waited for.
   """
   model, a, T, D = step.config.model, step.itemsize, step.tokens, step.config.model.d_model
-  q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
   layer, gated = _block_bytes(step).layer, model.mlp in GATED
   hidden = T * _lanes(step.d_ff) * a * (2 + 2 * gated)
+  gradients = layer * F32 // a * 2 // 3
   if step.n_choices:
     hidden = step.n_choices * (4 * D + 4 * model.moe.d_expert) * a + 2 * step.stream(F32)
-  return {
-      'hidden units': hidden, 'attention': T * (3 * q + 4 * kv) * a,
-      'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a,
-      'gathered weights': layer * 2 // 3,
-      'weight gradients': layer * F32 // step.itemsize * 2 // 3}
+  else:
+    gradients = max(0, gradients - hidden // 2)
+  work = {'hidden units': hidden, 'attention': _attention_bytes(step, hidden),
+          'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a}
+  if step.offloads and model.remat == 'full':
+    n_at_once = step.n_body if step.waits else min(2, step.n_body)
+    work = {name: n_at_once * size for name, size in work.items()}
+  elif step.offloads and step.n_body > 1:
+    work['slices of layers'] = step.n_body * saved_bytes(step)
+  return work | {'gathered weights': layer * 2 // 3, 'weight gradients': gradients}
+
+
+def _attention_bytes(step: Step, hidden: int) -> int:
+  """Returns what the backward pass of attention takes: queries, keys, values, output, gradients.
+
+  A ring has its operands by halves and by heads, each padded; at the end of a layer's backward also
+  float32 gradients of queries and, as they come and as they go, of keys and values, when the
+  hidden units are gone; on sparse cores' chips they are not.
+  """
+  model, a, T = step.config.model, step.itemsize, step.tokens
+  if step.sizes['context'] > 1 and step.config.compute.context == 'ring':
+    q, kv = (n * _lanes(model.d_head) for n in (step.heads, step.kv_heads))
+    most = T * (17 * q + 32 * kv) * a // 2
+    return most if step.offloads else max(T * (7 * q + 4 * kv) * a, most - hidden)
+  q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
+  return T * (3 * q + 4 * kv) * a
 
 
 def _kept(step: Step) -> dict[str, int]:
@@ -285,51 +331,56 @@ def _kept(step: Step) -> dict[str, int]:
 def _loss(step: Step) -> dict[str, int]:
   """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits.
 
-  Sparse cores gather the embedding's and the unembedding's parts together, and the gradient is
-  there before and after its scaling by the cotangent.
+  In a tick of a pipeline that gradient is there before and after its scaling by the cotangent; else
+  the unembedding is gone by then (`_scaling`).
   """
   model, a, U = step.config.model, step.itemsize, step.embedding
   chunk = min(step.tokens, step.config.compute.loss_chunk)
-  return {'unembedding': U * a * (1 + (step.offloads and step.stages == 1)),
-          'unembedding gradient': U * F32 * (1 + step.offloads),
+  return {'unembedding': U * a, 'unembedding gradient': U * F32 * (1 + (step.stages > 1)),
           'logits': chunk * model.vocab_size // step.sizes['tensor'] * (F32 + a),
           'hidden states': 3 * step.tokens * model.d_model * a}
+
+
+def _scaling(step: Step) -> dict[str, int]:
+  """Returns what the scaling of the loss's gradients takes: that of the unembedding twice."""
+  return {'unembedding gradient': 2 * step.embedding * F32,
+          'hidden states': step.tokens * step.config.model.d_model * step.itemsize}
 
 
 def _sums(step: Step) -> dict[str, int]:
   """Returns what the sums of gradients over devices take once backward is through.
 
   The stacked shards, twice where replicas have to agree; the embeddings' gradients in float32, one
-  of them summed and unsummed, the lookup's scattered in the compute dtype; on sparse cores what
-  the others sent. gather='step': all blocks' gradients, in the compute dtype and in float32.
+  of them summed and unsummed, the lookup's scattered in the compute dtype; on sparse cores the
+  lookup's in float32 too and what was scattered first. gather='step': all blocks' gradients, in
+  the compute dtype and in float32.
   """
   blocks, U = _block_bytes(step), step.embedding
   sums = {
       'gradient shards': blocks.shards * (1 + (step.sizes['data'] > 1)),
       'embedding gradients': U * F32 * (
           3 if step.offloads and step.n_embeddings > 1 else 2),
-      'embedding scatter': U * step.itemsize}
-  if step.offloads:
-    sums['sums on the way'] = U * F32 * (step.parts - 1) // step.parts
+      'embedding scatter': 0 if step.offloads else U * step.itemsize}
+  if step.offloads and step.parts > 1:
+    sums['sums on the way'] = U * F32 // step.first_parts
   if step.config.compute.gather == 'step':
     whole = step.n_own * blocks.layer
     sums['gradients of blocks'] = whole + whole * F32 // step.itemsize
   return sums
 
 
-def predict(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Prediction:
-  """Returns the memory of a training step on a mesh of TPU chips such as 'v5e' (or 'v5e:2x4').
+def predict(config: ExperimentConfig, sizes: Mapping[str, int], topology: str) -> Prediction:
+  """Returns the memory of a training step on a mesh of TPU chips.
 
   Args:
     config: the experiment; its `mesh` is not read.
     sizes: devices of each mesh axis.
-    chip: its name.
+    topology: such as 'v5e:2x4'; of 'v5e' alone no collective is known to go in two levels.
 
   Raises:
     ValueError: the chip is unknown or the batch is not divided by the mesh.
   """
-  chip = find_chip(chip)
-  step = step_counts(config, sizes, chip.name)
+  step = step_counts(config, sizes, topology)
   kept, blocks = _kept(step), _block_bytes(step)
   still = {name: kept[name] for name in ('gradient sums', 'gradients of the ends')
            if name in kept and step.stages == 1}
@@ -338,6 +389,8 @@ def predict(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Pr
     backward['unembedding gradient'] = step.embedding * F32
   if config.compute.gather == 'step':
     backward['gradients of blocks'] = step.n_own * blocks.layer
-  moments = {'loss': kept | _loss(step), 'backward': kept | backward,
-             'sums': still | _sums(step)}
-  return Prediction(argument_bytes(config, sizes), moments, usable_bytes(chip.device_kinds[0]))
+  moments = {'loss': kept | _loss(step), 'backward': kept | backward, 'sums': still | _sums(step)}
+  if step.stages == 1:
+    moments['scaling'] = kept | _scaling(step)
+  return Prediction(argument_bytes(config, sizes), moments,
+                    usable_bytes(find_chip(topology).device_kinds[0]))
