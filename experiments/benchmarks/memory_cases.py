@@ -151,6 +151,30 @@ def unseen() -> list[Case]:
   ]
 
 
+def fresh() -> list[Case]:
+  """Returns cases that were compiled after all of that had terms, several near a chip's memory."""
+  v5e, v6e = 'v5e:2x4', 'v6e:2x4'
+  return [
+      case('8b', v5e, rows=16, length=8192, layers=8, fsdp=2, context=4),
+      case('tied', v5e, rows=32, remat='dots', data=2, fsdp=4),
+      case('8b', v5e, rows=32, layers=6, fsdp=4, tensor=2),
+      case('8b', v5e, rows=32, layers=8, stage=2, fsdp=4),
+      case('8b', 'v5e:16x16', rows=768, length=8192, fsdp=256),
+      case('8b', 'v5e:4x4', rows=48, length=8192, layers=16, fsdp=16),
+      case('moe30b', 'v5e:4x4', rows=32, layers=8, fsdp=16),
+      case('moe30b', v5e, rows=16, length=8192, layers=4, fsdp=2, expert=4),
+      case('olmo32b', 'v5e:4x4', rows=16, layers=16, fsdp=8, tensor=2),
+      case('olmo7b', v6e, rows=16, layers=12, remat='dots', fsdp=4, tensor=2),
+      case('tied', v6e, rows=32, remat='none', fsdp=8),
+      case('small', v6e, rows=16, length=8192, remat='dots', fsdp=2, context=4),
+      case('8b', v6e, rows=16, length=8192, layers=8, remat='dots',
+           compute={'context': 'all_to_all'}, fsdp=4, context=2),
+      case('8b', v6e, rows=32, layers=8, stage=4, tensor=2),
+      case('70b', 'v5p:4x4x4', rows=256, length=8192, fsdp=64),
+      case('olmo7b', 'v5p:2x2x2', rows=32, length=8192, layers=16, remat='dots', fsdp=8),
+  ]
+
+
 def compiled_bytes(case: Case) -> dict[str, Any]:
   """Returns what the compiler says: bytes of arguments and of all, and whether it refuses them."""
   compiled = compile_apart(lowered_step, case.config, case.topology)

@@ -9,8 +9,8 @@ assignment, which takes 10 to 100 seconds on two cores. The formulas of
 those of 'judging' were compiled. Afterwards norms after branches (`saved_bytes`) and the tensor
 axis (`_work_bytes`) got a term each, and whole weights kept with remat 'none' lost theirs, judged
 by the cases 'later' and 'unseen'. Then gathers over whole slices began to go in two levels, and
-terms were fitted anew to programs of all four. What the JSON file holds already is not compiled
-again.
+terms were fitted anew to programs of all four and committed (cc3c734) before those of 'fresh' were
+compiled. What the JSON file holds already is not compiled again.
 """
 
 import json
@@ -25,6 +25,7 @@ from experiments.benchmarks.memory_cases import (
     Case,
     calibration,
     compiled_bytes,
+    fresh,
     judging,
     later,
     predicted,
@@ -32,7 +33,8 @@ from experiments.benchmarks.memory_cases import (
 )
 from research.run_dir import write_whole
 
-GROUPS = {'calibration': calibration, 'judging': judging, 'later': later, 'unseen': unseen}
+GROUPS = {'calibration': calibration, 'judging': judging, 'later': later, 'unseen': unseen,
+          'fresh': fresh}
 CASES = flags.DEFINE_list('cases', list(GROUPS), f'of {", ".join(GROUPS)}')
 JSON = flags.DEFINE_string('json', 'memory_prediction.json', 'where the figures go and come from')
 MIB = 2**20
