@@ -5,7 +5,7 @@ of the fullest of four moments: the loss, the scaling of its gradients, the back
 layer, and the sums of gradients at the end. Each term below is a formula of shapes; how many arrays
 of a shape there are was counted in the buffers that live at a time in compiled programs
 (`experiments.benchmarks.memory_prediction`). The heap is larger than what lives at any moment where
-buffers of different moments do not pack well: by 3% in the median there, by 15% at most; MARGIN
+buffers of different moments do not pack well: by 2% in the median there, by 22% at most; MARGIN
 covers that. Of programs of a few hundred MiB much lies in the chip's vector memory instead, which
 is left out: they take less than predicted.
 
@@ -113,7 +113,7 @@ def _work_bytes(step: Step) -> dict[str, int]:
   of them are gone when the float32 gradients of two of three matrices wait to be scattered;
   attention (`_attention_bytes`); the residual stream, split and whole (over tensor the tokens of
   both branches and their gradients are gathered); the gathered matrices under way (two of three of
-  a feed-forward). Experts have rows and hidden units of all exchanged rows instead.
+  a feed-forward). For experts see `_expert_bytes`.
 
   Of layers that are one round of a loop sparse cores let more than one be under way: of what was
   kept the slices of all are taken at once; what is recomputed is that of two, of all where
@@ -122,11 +122,10 @@ def _work_bytes(step: Step) -> dict[str, int]:
   model, a, T, D = step.config.model, step.itemsize, step.tokens, step.config.model.d_model
   layer, gated = block_bytes(step).layer, model.mlp in GATED
   hidden = T * lanes(step.d_ff) * a * (2 + 2 * gated)
-  gradients = layer * F32 // a * 2 // 3
+  weights = {'gathered weights': layer * 2 // 3,
+             'weight gradients': max(0, layer * F32 // a * 2 // 3 - hidden // 2)}
   if step.n_choices:
-    hidden = step.n_choices * (4 * D + 4 * model.moe.d_expert) * a + 2 * step.stream(F32)
-  else:
-    gradients = max(0, gradients - hidden // 2)
+    hidden, weights = _expert_bytes(step, layer)
   work = {'hidden units': hidden, 'attention': _attention_bytes(step, hidden),
           'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a}
   if step.offloads and model.remat == 'full':
@@ -134,7 +133,26 @@ def _work_bytes(step: Step) -> dict[str, int]:
     work = {name: n_at_once * size for name, size in work.items()}
   elif step.offloads and step.n_body > 1:
     work['slices of layers'] = step.n_body * saved_bytes(step)
-  return work | {'gathered weights': layer * 2 // 3, 'weight gradients': gradients}
+  return work | weights
+
+
+def _expert_bytes(step: Step, layer: int) -> tuple[int, dict[str, int]]:
+  """Returns what experts have instead of hidden units, and of weights, in the backward pass.
+
+  Rows before and after, one more on their way where they are exchanged, hidden units, both forms of
+  the gate and their gradients; sparse cores let rows and their gradients wait together. Gradients
+  of matrices come in the compute dtype, two of three at a time, and wait for sparse cores in
+  float32. Rounds of an exchange hold all matrices and add their gradients up in float32.
+  """
+  a, D, F = step.itemsize, step.config.model.d_model, step.config.model.moe.d_expert
+  width = 4 * D + 4 * F if step.offloads else 2 * D + 4 * F
+  if step.exchanges:
+    width = max(width, 3 * D + 2 * F)
+    weights = {'gathered weights': layer, 'weight gradients': layer * F32 // a}
+  else:
+    weights = {'gathered weights': layer * 2 // 3,
+               'weight gradients': layer * (F32 // a if step.offloads else 1) * 2 // 3}
+  return step.n_choices * width * a + 2 * step.stream(F32), weights
 
 
 def _attention_bytes(step: Step, hidden: int) -> int:
@@ -180,8 +198,8 @@ def _kept(step: Step) -> dict[str, int]:
 def _loss(step: Step) -> dict[str, int]:
   """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits.
 
-  In a tick of a pipeline that gradient is there before and after its scaling by the cotangent; else
-  the unembedding is gone by then (`_scaling`).
+  In a tick of a pipeline the gradient counts before and after its scaling, which else is a moment of
+  its own (`_scaling`): the unembedding is gone by then, but buffers of branches pack badly.
   """
   model, a, U = step.config.model, step.itemsize, step.embedding
   chunk = min(step.tokens, step.config.compute.loss_chunk)

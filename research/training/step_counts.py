@@ -24,7 +24,8 @@ class Step:
 
   sizes: of the mesh; itemsize: bytes of the compute dtype; rows, tokens, own: rows, tokens (T) and
   tokens between branches (l) of a micro-batch; heads, kv_heads, d_ff: of one tensor device;
-  n_choices: rows of the experts' matrices, 0 without experts; n_micro: micro-batches; n_own: layers
+  n_choices: rows of the experts' matrices, 0 without experts; exchanges: whether those rows go
+  between devices in rounds; n_micro: micro-batches; n_own: layers
   of the device's stage; n_chunk: layers of one chunk of it; n_stored: chunk inputs kept at a time;
   n_body: layers of one round of the loop over layers, 1 where there is none; offloads: whether
   sparse cores carry collectives; waits: whether a layer's parameters are longer on the way than its
@@ -41,6 +42,7 @@ class Step:
   kv_heads: int
   d_ff: int
   n_choices: int
+  exchanges: bool
   n_micro: int
   n_own: int
   n_chunk: int
@@ -112,7 +114,8 @@ def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], topology: st
     n_stored = _n_slots(config.compute.pipeline, n_stages, n_micro, config.compute.pipeline_chunks)
   n_choices, group = own * model.moe.top_k if model.moe.n_experts else 0, math.prod(
       divisions.expert_group(config, sizes).values())
-  if n_choices and group > 1 and not model.moe.capacity_factor:
+  exchanges = n_choices > 0 and group > 1 and not model.moe.capacity_factor
+  if exchanges:
     n_choices = group * experts.round_rows(n_choices, group, model.moe.exchange_factor)
   elif n_choices and model.moe.capacity_factor:
     n_choices = int(n_choices * model.moe.capacity_factor)
@@ -120,7 +123,7 @@ def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], topology: st
   return Step(
       config, dict(sizes), itemsize, rows, tokens, own,
       model.n_heads // tensor, model.n_kv_heads // tensor, model.d_ff // tensor, n_choices,
-      n_micro, n_own, n_chunk, n_stored, n_body, chip.name in OPTIONS,
+      exchanges, n_micro, n_own, n_chunk, n_stored, n_body, chip.name in OPTIONS,
       2 * tokens / chip.bf16_flops < (itemsize + F32) / chip.link_bytes_per_second,
       _first_parts(sizes, topology))
 
