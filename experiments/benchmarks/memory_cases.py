@@ -175,6 +175,24 @@ def fresh() -> list[Case]:
   ]
 
 
+def newest() -> list[Case]:
+  """Returns cases that were compiled after the terms of experts had changed once more."""
+  v5e, v6e = 'v5e:2x4', 'v6e:2x4'
+  return [
+      case('moe30b', 'v5e:4x4', rows=32, layers=8, remat='dots', fsdp=4, expert=4),
+      case('moe30b', v5e, rows=24, layers=4, fsdp=8),
+      case('8b', v5e, rows=32, layers=8, remat='dots', stage=2, fsdp=4),
+      case('8b', 'v5e:4x4', rows=64, length=8192, layers=16, fsdp=16),
+      case('small', v5e, rows=24, remat='none', fsdp=8),
+      case('8b', 'v5e:4x4', rows=32, length=8192, layers=8, remat='dots', fsdp=8, tensor=2),
+      case('moe30b', v6e, rows=16, layers=6, remat='dots', fsdp=2, expert=4),
+      case('olmo32b', v6e, rows=8, layers=12, remat='dots', fsdp=8),
+      case('moe30b', 'v6e:4x4', rows=64, layers=12, fsdp=16),
+      case('70b', 'v6e:16x16', rows=256, length=8192, fsdp=256),
+      case('8b', 'v5p:2x2x2', rows=32, length=8192, layers=16, remat='dots', fsdp=2, context=4),
+  ]
+
+
 def compiled_bytes(case: Case) -> dict[str, Any]:
   """Returns what the compiler says: bytes of arguments and of all, and whether it refuses them."""
   compiled = compile_apart(lowered_step, case.config, case.topology)
