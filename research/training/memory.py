@@ -196,20 +196,19 @@ def _kept(step: Step) -> dict[str, int]:
 
 
 def _loss(step: Step) -> dict[str, int]:
-  """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits.
-
-  In a tick of a pipeline the gradient counts before and after its scaling, which else is a moment of
-  its own (`_scaling`): the unembedding is gone by then, but buffers of branches pack badly.
-  """
+  """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits."""
   model, a, U = step.config.model, step.itemsize, step.embedding
   chunk = min(step.tokens, step.config.compute.loss_chunk)
-  return {'unembedding': U * a, 'unembedding gradient': U * F32 * (1 + (step.stages > 1)),
+  return {'unembedding': U * a, 'unembedding gradient': U * F32,
           'logits': chunk * model.vocab_size // step.sizes['tensor'] * (F32 + a),
           'hidden states': 3 * step.tokens * model.d_model * a}
 
 
 def _scaling(step: Step) -> dict[str, int]:
-  """Returns what the scaling of the loss's gradients takes: that of the unembedding twice."""
+  """Returns what the scaling of the loss's gradients takes: that of the unembedding twice.
+
+  The unembedding itself is gone by then.
+  """
   return {'unembedding gradient': 2 * step.embedding * F32,
           'hidden states': step.tokens * step.config.model.d_model * step.itemsize}
 
@@ -256,8 +255,7 @@ def predict(config: ExperimentConfig, sizes: Mapping[str, int], topology: str) -
     backward['unembedding gradient'] = step.embedding * F32
   if config.compute.gather == 'step':
     backward['gradients of blocks'] = step.n_own * blocks.layer
-  moments = {'loss': kept | _loss(step), 'backward': kept | backward, 'sums': still | _sums(step)}
-  if step.stages == 1:
-    moments['scaling'] = kept | _scaling(step)
+  moments = {'loss': kept | _loss(step), 'scaling': kept | _scaling(step),
+             'backward': kept | backward, 'sums': still | _sums(step)}
   return Prediction(argument_bytes(config, sizes), moments,
                     usable_bytes(find_chip(topology).device_kinds[0]))
