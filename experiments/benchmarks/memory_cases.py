@@ -193,6 +193,19 @@ def newest() -> list[Case]:
   ]
 
 
+def pipelines() -> list[Case]:
+  """Returns cases that were compiled after the loss of a pipeline had changed."""
+  v5e = 'v5e:2x4'
+  return [
+      case('8b', v5e, rows=32, layers=8, compute={'pipeline': 'gpipe'}, stage=2, fsdp=2, tensor=2),
+      case('small', v5e, rows=64, remat='dots',
+           compute={'pipeline': 'interleaved', 'pipeline_chunks': 2}, stage=2, fsdp=4),
+      case('olmo7b', v5e, rows=32, layers=8, stage=4, fsdp=2),
+      case('8b', 'v5e:4x4', rows=64, layers=16, remat='none', stage=4, fsdp=4),
+      case('8b', 'v6e:2x4', rows=32, layers=12, remat='dots', stage=2, fsdp=4),
+  ]
+
+
 def compiled_bytes(case: Case) -> dict[str, Any]:
   """Returns what the compiler says: bytes of arguments and of all, and whether it refuses them."""
   compiled = compile_apart(lowered_step, case.config, case.topology)
