@@ -1,9 +1,9 @@
-"""The meshes on which predicted and compiled memory are compared: half calibrate, half judge."""
+"""The meshes on which predicted and compiled memory are compared: some calibrate, some judge."""
 
 import dataclasses
 from typing import Any
 
-from experiments import llama3_70b, llama3_8b, olmo3_7b, qwen3_30b_a3b
+from experiments import llama3_70b, llama3_8b, olmo3_32b, olmo3_7b, qwen3_30b_a3b
 from models.config import ModelConfig
 from parallelism.compile_only import compile_apart
 from parallelism.mesh import MeshConfig
@@ -40,7 +40,8 @@ def case(model: str, topology: str, *, rows: int, length: int = 4096, remat: str
     compute: settings of the step that differ from their defaults.
     **axes: sizes of the mesh, 1 where not given.
   """
-  bases = {'8b': llama3_8b, '70b': llama3_70b, 'olmo7b': olmo3_7b, 'moe30b': qwen3_30b_a3b}
+  bases = {'8b': llama3_8b, '70b': llama3_70b, 'olmo7b': olmo3_7b,
+           'olmo32b': olmo3_32b, 'moe30b': qwen3_30b_a3b}
   base = bases.get(model, llama3_8b).get_config()
   shape = {'small': SMALL, 'tied': TIED}.get(model, base.model)
   shape = dataclasses.replace(shape, remat=remat, scan_layers='auto',
@@ -104,7 +105,11 @@ def judging() -> list[Case]:
 
 
 def later() -> list[Case]:
-  """Returns cases of what got a term after the judging: norms after branches, wide tensor axes."""
+  """Returns cases of what got a term after a judging.
+
+  Norms after branches, wide tensor axes; loops over several layers at a time and rings.
+  """
+  v5p = 'v5p:2x2x2'
   return [
       case('olmo7b', 'v5e:16x16', rows=256, remat='dots', fsdp=256),
       case('olmo7b', 'v5e:2x4', rows=8, layers=4, remat='dots', fsdp=4, tensor=2),
@@ -112,11 +117,16 @@ def later() -> list[Case]:
       case('small', 'v5e:2x4', rows=32, fsdp=2, tensor=4),
       case('8b', 'v5e:2x4', rows=8, layers=4, remat='dots', tensor=8),
       case('8b', 'v6e:2x4', rows=16, layers=4, fsdp=2, tensor=4),
+      case('olmo7b', 'v5p:4x4x4', rows=512, length=8192, fsdp=64),
+      case('olmo7b', v5p, rows=16, layers=8, fsdp=8),
+      case('olmo7b', 'v5e:2x4', rows=16, layers=8, fsdp=8),
+      case('olmo7b', v5p, rows=16, layers=8, fsdp=4, tensor=2),
+      case('8b', v5p, rows=16, length=8192, layers=8, fsdp=2, context=4),
   ]
 
 
 def unseen() -> list[Case]:
-  """Returns cases that were compiled after the last term had been committed."""
+  """Returns cases that judged the formulas before the last of `later` had terms."""
   v5p, v5e, v6e = 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4'
   return [
       case('8b', 'v6e:16x16', rows=512, length=8192, fsdp=256),
@@ -138,6 +148,61 @@ def unseen() -> list[Case]:
       case('small', v5e, rows=16, length=8192, context=8),
       case('8b', v6e, rows=32, layers=8, fsdp=8),
       case('8b', v6e, rows=8, layers=12, remat='dots', fsdp=8),
+  ]
+
+
+def fresh() -> list[Case]:
+  """Returns cases that were compiled after all of that had terms, several near a chip's memory."""
+  v5e, v6e = 'v5e:2x4', 'v6e:2x4'
+  return [
+      case('8b', v5e, rows=16, length=8192, layers=8, fsdp=2, context=4),
+      case('tied', v5e, rows=32, remat='dots', data=2, fsdp=4),
+      case('8b', v5e, rows=32, layers=6, fsdp=4, tensor=2),
+      case('8b', v5e, rows=32, layers=8, stage=2, fsdp=4),
+      case('8b', 'v5e:16x16', rows=768, length=8192, fsdp=256),
+      case('8b', 'v5e:4x4', rows=48, length=8192, layers=16, fsdp=16),
+      case('moe30b', 'v5e:4x4', rows=32, layers=8, fsdp=16),
+      case('moe30b', v5e, rows=16, length=8192, layers=4, fsdp=2, expert=4),
+      case('olmo32b', 'v5e:4x4', rows=16, layers=16, fsdp=8, tensor=2),
+      case('olmo7b', v6e, rows=16, layers=12, remat='dots', fsdp=4, tensor=2),
+      case('tied', v6e, rows=32, remat='none', fsdp=8),
+      case('small', v6e, rows=16, length=8192, remat='dots', fsdp=2, context=4),
+      case('8b', v6e, rows=16, length=8192, layers=8, remat='dots',
+           compute={'context': 'all_to_all'}, fsdp=4, context=2),
+      case('8b', v6e, rows=32, layers=8, stage=4, tensor=2),
+      case('70b', 'v5p:4x4x4', rows=256, length=8192, fsdp=64),
+      case('olmo7b', 'v5p:2x2x2', rows=32, length=8192, layers=16, remat='dots', fsdp=8),
+  ]
+
+
+def newest() -> list[Case]:
+  """Returns cases that were compiled after the terms of experts had changed once more."""
+  v5e, v6e = 'v5e:2x4', 'v6e:2x4'
+  return [
+      case('moe30b', 'v5e:4x4', rows=32, layers=8, remat='dots', fsdp=4, expert=4),
+      case('moe30b', v5e, rows=24, layers=4, fsdp=8),
+      case('8b', v5e, rows=32, layers=8, remat='dots', stage=2, fsdp=4),
+      case('8b', 'v5e:4x4', rows=64, length=8192, layers=16, fsdp=16),
+      case('small', v5e, rows=24, remat='none', fsdp=8),
+      case('8b', 'v5e:4x4', rows=32, length=8192, layers=8, remat='dots', fsdp=8, tensor=2),
+      case('moe30b', v6e, rows=16, layers=6, remat='dots', fsdp=2, expert=4),
+      case('olmo32b', v6e, rows=8, layers=12, remat='dots', fsdp=8),
+      case('moe30b', 'v6e:4x4', rows=64, layers=12, fsdp=16),
+      case('70b', 'v6e:16x16', rows=256, length=8192, fsdp=256),
+      case('8b', 'v5p:2x2x2', rows=32, length=8192, layers=16, remat='dots', fsdp=2, context=4),
+  ]
+
+
+def pipelines() -> list[Case]:
+  """Returns cases that were compiled after the loss of a pipeline had changed."""
+  v5e = 'v5e:2x4'
+  return [
+      case('8b', v5e, rows=32, layers=8, compute={'pipeline': 'gpipe'}, stage=2, fsdp=2, tensor=2),
+      case('small', v5e, rows=64, remat='dots',
+           compute={'pipeline': 'interleaved', 'pipeline_chunks': 2}, stage=2, fsdp=4),
+      case('olmo7b', v5e, rows=32, layers=8, stage=4, fsdp=2),
+      case('8b', 'v5e:4x4', rows=64, layers=16, remat='none', stage=4, fsdp=4),
+      case('8b', 'v6e:2x4', rows=32, layers=12, remat='dots', stage=2, fsdp=4),
   ]
 
 

@@ -8,7 +8,10 @@ assignment, which takes 10 to 100 seconds on two cores. The formulas of
 `research.training.memory` were fitted to the cases 'calibration' and committed (809a0c6) before
 those of 'judging' were compiled. Afterwards norms after branches (`saved_bytes`) and the tensor
 axis (`_work_bytes`) got a term each, and whole weights kept with remat 'none' lost theirs, judged
-by the cases 'later' and 'unseen'. What the JSON file holds already is not compiled again.
+by the cases 'later' and 'unseen'. Then gathers over whole slices began to go in two levels, and
+terms were fitted anew to programs of all four and committed (cc3c734) before those of 'fresh' were
+compiled. The terms of experts changed after that (4e58775), judged by 'newest', and the loss of
+pipelines (0b8d9e6), judged by 'pipelines'. What the JSON file holds already is not compiled again.
 """
 
 import json
@@ -23,14 +26,18 @@ from experiments.benchmarks.memory_cases import (
     Case,
     calibration,
     compiled_bytes,
+    fresh,
     judging,
     later,
+    newest,
+    pipelines,
     predicted,
     unseen,
 )
 from research.run_dir import write_whole
 
-GROUPS = {'calibration': calibration, 'judging': judging, 'later': later, 'unseen': unseen}
+GROUPS = {'calibration': calibration, 'judging': judging, 'later': later, 'unseen': unseen,
+          'fresh': fresh, 'newest': newest, 'pipelines': pipelines}
 CASES = flags.DEFINE_list('cases', list(GROUPS), f'of {", ".join(GROUPS)}')
 JSON = flags.DEFINE_string('json', 'memory_prediction.json', 'where the figures go and come from')
 MIB = 2**20

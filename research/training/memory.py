@@ -1,12 +1,13 @@
 """Predicts, without a compiler, what a training step occupies in the memory of a TPU.
 
 Bytes of one device. Arguments (state and batch) are exact. All else is one heap, whose size is that
-of the fullest of three moments: the loss, the backward pass of a layer, and the sums of gradients
-at the end. Each term below is a formula of shapes; how many arrays of a shape there are was counted
-in the buffer assignments of programs (`experiments.benchmarks.memory_prediction`). Where buffers
-of different moments do not pack well, the heap is larger than any of them, by a fifth at most
-there; MARGIN covers that. Of programs of a few hundred MiB much lies in the chip's vector memory
-instead, which is left out: they take less than predicted.
+of the fullest of four moments: the loss, the scaling of its gradients, the backward pass of a
+layer, and the sums of gradients at the end. Each term below is a formula of shapes; how many arrays
+of a shape there are was counted in the buffers that live at a time in compiled programs
+(`experiments.benchmarks.memory_prediction`). The heap is larger than what lives at any moment where
+buffers of different moments do not pack well: by 2% in the median there, by 22% at most; MARGIN
+covers that. Of programs of a few hundred MiB much lies in the chip's vector memory instead, which
+is left out: they take less than predicted.
 
 Letters: T tokens of a device's micro-batch, l those it has between branches, D, F, V, H, K, E as
 everywhere, F, V, H, K of one tensor device; U = V * D, the embedding of one tensor device.
@@ -15,20 +16,16 @@ everywhere, F, V, H, K of one tensor device; U = V * D, the embedding of one ten
 from collections.abc import Mapping
 import dataclasses
 import functools
-import math
-from typing import NamedTuple
 
 from models.layers import GATED
-from parallelism import experts, schedules, sharding
-from parallelism.compiler_options import OPTIONS, usable_bytes
+from parallelism.compiler_options import usable_bytes
 from parallelism.hardware import find_chip
-from parallelism.storage import CAST
 from research.config import ExperimentConfig
-from research.training import divisions, pipelined
+from research.training import divisions
 from research.training.layout import laid_out_bytes
 from research.training.leaves import Leaf, state_leaves
+from research.training.step_counts import F32, Step, block_bytes, lanes, step_counts
 
-F32 = 4
 MARGIN = 1.2  # what fits is predicted to stay below the usable memory divided by this
 BATCH = ('tokens', 'targets', 'segment_ids', 'loss_mask')  # 4 bytes per token
 READ_POSITIONS = ('rope', 'learned')  # embeddings that read the batch's positions
@@ -82,133 +79,6 @@ def argument_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> int:
   return state + n_arrays * laid_out_bytes((rows, tokens), F32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """What the formulas are made of: counts of one device.
-
-  sizes: of the mesh; itemsize: bytes of the compute dtype; rows, tokens, own: rows, tokens (T) and
-  tokens between branches (l) of a micro-batch; heads, kv_heads, d_ff: of one tensor device;
-  n_choices: rows of the experts' matrices, 0 without experts; n_micro: micro-batches; n_own: layers
-  of the device's stage; n_chunk: layers of one chunk of it; n_stored: chunk inputs kept at a time;
-  offloads: whether sparse cores carry collectives.
-  """
-
-  config: ExperimentConfig
-  sizes: dict[str, int]
-  itemsize: int
-  rows: int
-  tokens: int
-  own: int
-  heads: int
-  kv_heads: int
-  d_ff: int
-  n_choices: int
-  n_micro: int
-  n_own: int
-  n_chunk: int
-  n_stored: int
-  offloads: bool
-
-  @property
-  def embedding(self) -> int:
-    """Elements of an embedding that is whole but for the vocabulary (U)."""
-    return self.config.model.vocab_size // self.sizes['tensor'] * self.config.model.d_model
-
-  @property
-  def n_embeddings(self) -> int:
-    """Embeddings: one where input and output share it."""
-    return 1 if self.config.model.tie_embeddings else 2
-
-  @property
-  def stages(self) -> int:
-    """Pipeline stages."""
-    return self.sizes['stage']
-
-  @property
-  def parts(self) -> int:
-    """Devices over which an embedding's other axis is split."""
-    return math.prod(self.sizes[axis] for axis in sharding.STORAGE['embed'])
-
-  def stream(self, dtype_bytes: int = 0) -> int:
-    """Returns the bytes of the residual stream between branches."""
-    return self.own * self.config.model.d_model * (dtype_bytes or self.itemsize)
-
-
-def _lanes(n: int) -> int:
-  """Returns a minor dimension with its padding."""
-  return -(-n // 128) * 128
-
-
-@functools.lru_cache(maxsize=4096)
-def _n_slots(name: str, n_stages: int, n_micro: int, n_chunks: int) -> int:
-  """Returns how many chunk inputs a stage stores at a time."""
-  return schedules.slots(schedules.schedule(name, n_stages, n_micro, n_chunks)).n_slots
-
-
-def step_counts(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Step:
-  """Returns the counts of a step on a mesh of chips such as 'v5e'."""
-  model, tensor, n_stages = config.model, sizes['tensor'], sizes['stage']
-  n_micro = divisions.count_microbatches(config, sizes, 'tpu')
-  rows = config.data.batch_size // divisions.replicas(sizes) // n_micro
-  tokens = rows * config.data.sequence_length // sizes['context']
-  own = tokens // tensor if config.compute.sequence else tokens
-  n_own, n_chunk, n_stored = model.n_layers, model.n_layers, 0
-  if n_stages > 1:
-    order_Pn = pipelined.layer_order(model.n_layers, n_stages, config.compute.pipeline_chunks)
-    n_chunk = order_Pn.shape[1]
-    n_own = n_chunk * config.compute.pipeline_chunks
-    n_stored = _n_slots(config.compute.pipeline, n_stages, n_micro, config.compute.pipeline_chunks)
-  n_choices, group = own * model.moe.top_k if model.moe.n_experts else 0, math.prod(
-      divisions.expert_group(config, sizes).values())
-  if n_choices and group > 1 and not model.moe.capacity_factor:
-    n_choices = group * experts.round_rows(n_choices, group, model.moe.exchange_factor)
-  elif n_choices and model.moe.capacity_factor:
-    n_choices = int(n_choices * model.moe.capacity_factor)
-  return Step(
-      config, dict(sizes), 2 if model.compute_dtype == 'bfloat16' else 4, rows, tokens, own,
-      model.n_heads // tensor, model.n_kv_heads // tensor, model.d_ff // tensor, n_choices,
-      n_micro, n_own, n_chunk, n_stored, chip in OPTIONS)
-
-
-class Blocks(NamedTuple):
-  """Bytes of the parameters of blocks.
-
-  shards: a device's parts of its layers in float32; cast: in the compute dtype, matrices only;
-  layer: the matrices of one layer as gathered, in the compute dtype.
-  """
-
-  shards: int
-  cast: int
-  layer: int
-
-
-def _block_bytes(step: Step) -> Blocks:
-  """Returns the sizes of the blocks' parameters; a stage's layers are not split over stages."""
-  leaves = state_leaves(step.config.model, step.config.optimizer)
-  shard, cast, layer = _layer_elements(leaves, tuple(step.sizes.items()))
-  return Blocks(shard * step.n_own * F32, cast * step.n_own * step.itemsize, layer * step.itemsize)
-
-
-@functools.lru_cache(maxsize=4096)
-def _layer_elements(leaves: tuple[Leaf, ...], sizes: tuple[tuple[str, int], ...]
-                    ) -> tuple[int, int, int]:
-  """Returns elements of one layer: a device's part, its part of matrices, matrices as gathered."""
-  shard = cast = layer = 0
-  of_mesh = dict(sizes)
-  for leaf in leaves:
-    if not leaf.path.startswith('params.blocks.'):
-      continue
-    own = math.prod(leaf.shard(of_mesh, ('stage',))[1:])
-    shard += own
-    if CAST & set(leaf.names) and len(leaf.names) > 2:
-      kept = {axis for name in leaf.names if name not in sharding.GATHERED
-              for axis in sharding.STORAGE[name]}
-      gathered = tuple(axis for axis in of_mesh if axis not in kept)
-      cast += own
-      layer += math.prod(leaf.shard(of_mesh, gathered)[1:])
-  return shard, cast, layer
-
-
 def saved_bytes(step: Step) -> int:
   """Returns what one layer keeps for its backward pass.
 
@@ -219,8 +89,8 @@ def saved_bytes(step: Step) -> int:
   The minor dimension is padded to 128.
   """
   model, a, T = step.config.model, step.itemsize, step.tokens
-  D, F = model.d_model, _lanes(step.d_ff)
-  q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
+  D, F = model.d_model, lanes(step.d_ff)
+  q, kv = (lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
   gated = model.mlp in GATED
   saved = step.stream()
   if model.remat == 'full':
@@ -229,7 +99,7 @@ def saved_bytes(step: Step) -> int:
     hidden = step.own * model.moe.n_experts * F32 if step.n_choices else T * F * (1 + gated) * a
     normed = T * D * a if model.norm_placement != 'pre' and not step.n_choices else 0
     return saved + T * (q + 2 * kv + D) * a + hidden + normed
-  heads = T * (2 * step.heads + 2 * step.kv_heads) * _lanes(model.d_head) * a
+  heads = T * (2 * step.heads + 2 * step.kv_heads) * lanes(model.d_head) * a
   hidden = T * F * (3 + 3 * gated) * a
   if step.n_choices:
     hidden = step.n_choices * (5 * model.moe.d_expert + 2 * D) * a
@@ -239,23 +109,66 @@ def saved_bytes(step: Step) -> int:
 def _work_bytes(step: Step) -> dict[str, int]:
   """Returns what the backward pass of one layer takes beside what all layers keep.
 
-  Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced);
-  queries, keys, values, output and gradients; the residual stream, split and whole (over tensor the
-  tokens of both branches and their gradients are gathered); the gathered matrices under way (two of
-  three of a feed-forward) and float32 gradients not yet scattered. Experts have rows and hidden
-  units of all exchanged rows instead.
+  Hidden units, both forms of the gate and their gradients (remat none: what was kept, sliced); half
+  of them are gone when the float32 gradients of two of three matrices wait to be scattered;
+  attention (`_attention_bytes`); the residual stream, split and whole (over tensor the tokens of
+  both branches and their gradients are gathered); the gathered matrices under way (two of three of
+  a feed-forward). For experts see `_expert_bytes`.
+
+  Of layers that are one round of a loop sparse cores let more than one be under way: of what was
+  kept the slices of all are taken at once; what is recomputed is that of two, of all where
+  parameters are waited for.
   """
   model, a, T, D = step.config.model, step.itemsize, step.tokens, step.config.model.d_model
-  q, kv = (_lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
-  layer, gated = _block_bytes(step).layer, model.mlp in GATED
-  hidden = T * _lanes(step.d_ff) * a * (2 + 2 * gated)
+  layer, gated = block_bytes(step).layer, model.mlp in GATED
+  hidden = T * lanes(step.d_ff) * a * (2 + 2 * gated)
+  weights = {'gathered weights': layer * 2 // 3,
+             'weight gradients': max(0, layer * F32 // a * 2 // 3 - hidden // 2)}
   if step.n_choices:
-    hidden = step.n_choices * (4 * D + 4 * model.moe.d_expert) * a + 2 * step.stream(F32)
-  return {
-      'hidden units': hidden, 'attention': T * (3 * q + 4 * kv) * a,
-      'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a,
-      'gathered weights': layer * 2 // 3,
-      'weight gradients': layer * F32 // step.itemsize * 2 // 3}
+    hidden, weights = _expert_bytes(step, layer)
+  work = {'hidden units': hidden, 'attention': _attention_bytes(step, hidden),
+          'residual stream': 3 * step.stream() + (4 if step.own < T else 2) * T * D * a}
+  if step.offloads and model.remat == 'full':
+    n_at_once = step.n_body if step.waits else min(2, step.n_body)
+    work = {name: n_at_once * size for name, size in work.items()}
+  elif step.offloads and step.n_body > 1:
+    work['slices of layers'] = step.n_body * saved_bytes(step)
+  return work | weights
+
+
+def _expert_bytes(step: Step, layer: int) -> tuple[int, dict[str, int]]:
+  """Returns what experts have instead of hidden units, and of weights, in the backward pass.
+
+  Rows before and after, one more on their way where they are exchanged, hidden units, both forms of
+  the gate and their gradients; sparse cores let rows and their gradients wait together. Gradients
+  of matrices come in the compute dtype, two of three at a time, and wait for sparse cores in
+  float32. Rounds of an exchange hold all matrices and add their gradients up in float32.
+  """
+  a, D, F = step.itemsize, step.config.model.d_model, step.config.model.moe.d_expert
+  width = 4 * D + 4 * F if step.offloads else 2 * D + 4 * F
+  if step.exchanges:
+    width = max(width, 3 * D + 2 * F)
+    weights = {'gathered weights': layer, 'weight gradients': layer * F32 // a}
+  else:
+    weights = {'gathered weights': layer * 2 // 3,
+               'weight gradients': layer * (F32 // a if step.offloads else 1) * 2 // 3}
+  return step.n_choices * width * a + 2 * step.stream(F32), weights
+
+
+def _attention_bytes(step: Step, hidden: int) -> int:
+  """Returns what the backward pass of attention takes: queries, keys, values, output, gradients.
+
+  A ring has its operands by halves and by heads, each padded; at the end of a layer's backward also
+  float32 gradients of queries and, as they come and as they go, of keys and values, when the
+  hidden units are gone; on sparse cores' chips they are not.
+  """
+  model, a, T = step.config.model, step.itemsize, step.tokens
+  if step.sizes['context'] > 1 and step.config.compute.context == 'ring':
+    q, kv = (n * lanes(model.d_head) for n in (step.heads, step.kv_heads))
+    most = T * (17 * q + 32 * kv) * a // 2
+    return most if step.offloads else max(T * (7 * q + 4 * kv) * a, most - hidden)
+  q, kv = (lanes(n * model.d_head) for n in (step.heads, step.kv_heads))
+  return T * (3 * q + 4 * kv) * a
 
 
 def _kept(step: Step) -> dict[str, int]:
@@ -266,7 +179,7 @@ def _kept(step: Step) -> dict[str, int]:
   stored inputs and three in flight, one chunk's saved inputs, cast parts of the ends and the sums
   of their gradients, which no stage splits.
   """
-  blocks, compute = _block_bytes(step), step.config.compute
+  blocks, compute = block_bytes(step), step.config.compute
   ends = step.n_embeddings * step.embedding
   kept = {'saved by layers': step.n_chunk * saved_bytes(step), 'cast shards': blocks.cast}
   if compute.gather == 'step':
@@ -283,54 +196,58 @@ def _kept(step: Step) -> dict[str, int]:
 
 
 def _loss(step: Step) -> dict[str, int]:
-  """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits.
-
-  Sparse cores gather the embedding's and the unembedding's parts together, and the gradient is
-  there before and after its scaling by the cotangent.
-  """
+  """Returns what the loss takes: the unembedding, its float32 gradient and one chunk's logits."""
   model, a, U = step.config.model, step.itemsize, step.embedding
   chunk = min(step.tokens, step.config.compute.loss_chunk)
-  return {'unembedding': U * a * (1 + (step.offloads and step.stages == 1)),
-          'unembedding gradient': U * F32 * (1 + step.offloads),
+  return {'unembedding': U * a, 'unembedding gradient': U * F32,
           'logits': chunk * model.vocab_size // step.sizes['tensor'] * (F32 + a),
           'hidden states': 3 * step.tokens * model.d_model * a}
+
+
+def _scaling(step: Step) -> dict[str, int]:
+  """Returns what the scaling of the loss's gradients takes: that of the unembedding twice.
+
+  The unembedding itself is gone by then.
+  """
+  return {'unembedding gradient': 2 * step.embedding * F32,
+          'hidden states': step.tokens * step.config.model.d_model * step.itemsize}
 
 
 def _sums(step: Step) -> dict[str, int]:
   """Returns what the sums of gradients over devices take once backward is through.
 
   The stacked shards, twice where replicas have to agree; the embeddings' gradients in float32, one
-  of them summed and unsummed, the lookup's scattered in the compute dtype; on sparse cores what
-  the others sent. gather='step': all blocks' gradients, in the compute dtype and in float32.
+  of them summed and unsummed, the lookup's scattered in the compute dtype; on sparse cores the
+  lookup's in float32 too and what was scattered first. gather='step': all blocks' gradients, in
+  the compute dtype and in float32.
   """
-  blocks, U = _block_bytes(step), step.embedding
+  blocks, U = block_bytes(step), step.embedding
   sums = {
       'gradient shards': blocks.shards * (1 + (step.sizes['data'] > 1)),
       'embedding gradients': U * F32 * (
           3 if step.offloads and step.n_embeddings > 1 else 2),
-      'embedding scatter': U * step.itemsize}
-  if step.offloads:
-    sums['sums on the way'] = U * F32 * (step.parts - 1) // step.parts
+      'embedding scatter': 0 if step.offloads else U * step.itemsize}
+  if step.offloads and step.parts > 1:
+    sums['sums on the way'] = U * F32 // step.first_parts
   if step.config.compute.gather == 'step':
     whole = step.n_own * blocks.layer
     sums['gradients of blocks'] = whole + whole * F32 // step.itemsize
   return sums
 
 
-def predict(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Prediction:
-  """Returns the memory of a training step on a mesh of TPU chips such as 'v5e' (or 'v5e:2x4').
+def predict(config: ExperimentConfig, sizes: Mapping[str, int], topology: str) -> Prediction:
+  """Returns the memory of a training step on a mesh of TPU chips.
 
   Args:
     config: the experiment; its `mesh` is not read.
     sizes: devices of each mesh axis.
-    chip: its name.
+    topology: such as 'v5e:2x4'; of 'v5e' alone no collective is known to go in two levels.
 
   Raises:
     ValueError: the chip is unknown or the batch is not divided by the mesh.
   """
-  chip = find_chip(chip)
-  step = step_counts(config, sizes, chip.name)
-  kept, blocks = _kept(step), _block_bytes(step)
+  step = step_counts(config, sizes, topology)
+  kept, blocks = _kept(step), block_bytes(step)
   still = {name: kept[name] for name in ('gradient sums', 'gradients of the ends')
            if name in kept and step.stages == 1}
   backward = {'gradient shards': blocks.shards, **_work_bytes(step)}
@@ -338,6 +255,7 @@ def predict(config: ExperimentConfig, sizes: Mapping[str, int], chip: str) -> Pr
     backward['unembedding gradient'] = step.embedding * F32
   if config.compute.gather == 'step':
     backward['gradients of blocks'] = step.n_own * blocks.layer
-  moments = {'loss': kept | _loss(step), 'backward': kept | backward,
-             'sums': still | _sums(step)}
-  return Prediction(argument_bytes(config, sizes), moments, usable_bytes(chip.device_kinds[0]))
+  moments = {'loss': kept | _loss(step), 'scaling': kept | _scaling(step),
+             'backward': kept | backward, 'sums': still | _sums(step)}
+  return Prediction(argument_bytes(config, sizes), moments,
+                    usable_bytes(find_chip(topology).device_kinds[0]))
