@@ -29,7 +29,7 @@ class MonitorConfig:
 
   KIND: ClassVar[str] = 'placement'
 
-  suite: A[str, "'microworld', 'small' (text, for any model), 'none', the path of an item file (.jsonl "
+  suite: A[str, "'microworld', 'small' (any text model), 'none', the path of an item file (.jsonl "
            'or .parquet), or the published suite: a folder or owner/dataset of the hub'] = 'none'
   batch_rows: A[int, 'rows scored at a time, at most'] = 256
   small: SmallSuiteConfig = SmallSuiteConfig()

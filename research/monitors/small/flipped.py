@@ -1,4 +1,4 @@
-"""Flipped Answer: demonstrations whose labels are swapped; follow them, or recall what words mean."""
+"""Flipped Answer: demonstrations with swapped labels; follow them, or recall what words mean."""
 
 import itertools
 import random
@@ -80,7 +80,8 @@ def _contexts(domain: Domain, rng: random.Random, seed: int, n_shown: int
   rng.shuffle(shown)
   asked = [sentences[labels[(seed + i) % 2]][n_shown // 2 + i] for i in range(MOST_ITEMS)]
   flipped = Context([(question, other[question.answer]) for question in shown],
-                    [Rivals(question, other[question.answer], question.answer) for question in asked])
+                    [Rivals(question, other[question.answer], question.answer)
+                     for question in asked])
   control = Context(truthful(shown), [
       Rivals(question, question.answer, other[question.answer]) for question in asked])
   return flipped, control

@@ -30,7 +30,8 @@ def _pair(rng: random.Random, level: str) -> Problem:
   low, high = RANGES[level]
   price = rng.randint(low, high // 2)
   more = {'easy': 10, 'medium': 100, 'hard': 1000}[level] * rng.randint(1, 5)
-  told = f'A {large} and a {small} cost {more + 2 * price} coins together. The {large} costs {more} coins'
+  told = (f'A {large} and a {small} cost {more + 2 * price} coins together. '
+          f'The {large} costs {more} coins')
   return Problem(f'{told} more than the {small}.', f'{told}.',
                  f'the price of the {small} in coins', price, 2 * price)
 
@@ -41,11 +42,14 @@ def _makers(rng: random.Random, level: str) -> Problem:
   low, high = RANGES['easy' if level == 'easy' else 'medium']
   time, others = rng.sample(range(max(low, 2), high + 1), 2)
   n = rng.randint(2, 99) if level == 'hard' else time
-  rest = f'{others} {made}'
-  return Problem(
-      f'{n} {maker} need {time} minutes to make {n} {made}. Now {others} {maker} make {rest}.',
-      f'A group of {maker} makes {time} {made} every {time} minutes. Now the same group makes {rest}.',
-      f'the time for {rest} in minutes', time, others)
+  rest, known = f'{others} {made}', f'{n} {maker} need {time} minutes to make {n} {made}.'
+  alike = f'A group of {maker} makes {time} {made} every {time} minutes.'
+  # Either number may come first, or the order of mention would tell the answer.
+  known_first = rng.random() < 0.5
+  stories = [' '.join([first, then] if known_first else [then, first]) for first, then in (
+      (known, f'A job for {others} {maker} is to make {rest}.'),
+      (alike, f'Its job is to make {rest}.' if known_first else f'The job is to make {rest}.'))]
+  return Problem(*stories, f'the time for the {rest} in minutes', time, others)
 
 
 def _doubling(rng: random.Random, level: str) -> Problem:
@@ -104,9 +108,12 @@ def _different(problem: Callable[[random.Random, str], Problem], rng: random.Ran
 
 
 def _contexts(problems: Sequence[Problem]) -> tuple[Context, Context]:
+  """Returns the problems and their look-alikes."""
   asked, alike = [], []
-  for story, lookalike, ask, right, intuitive in problems:
-    asked.append(Rivals(Question({'story': story, 'ask': ask}, str(right)), str(right), str(intuitive)))
+  for problem in problems:
+    right, intuitive = str(problem.right), str(problem.intuitive)
+    asked.append(Rivals(
+        Question({'story': problem.story, 'ask': problem.ask}, right), right, intuitive))
     alike.append(Rivals(
-        Question({'story': lookalike, 'ask': ask}, str(intuitive)), str(intuitive), str(right)))
+        Question({'story': problem.lookalike, 'ask': problem.ask}, intuitive), intuitive, right))
   return Context((), asked), Context((), alike)

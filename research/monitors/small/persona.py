@@ -1,7 +1,7 @@
 """Persona: facts about invented people, then a question that takes two or three of them.
 
-The shallow rule answers with the fact of the person who is named; in the control, which asks for one
-fact, that is right.
+The shallow rule answers with the fact of the person who is named; in the control, which asks for
+one fact, that is right.
 """
 
 import random
@@ -82,7 +82,7 @@ def _asked(people: People, facts: dict[str, str], name: str, n_steps: int) -> tu
 
 
 def items(config: SmallSuiteConfig) -> Iterator[MonitorItem]:
-  """Yields the family."""
+  """Yields the family; of a context with fewer people than items, one item for each."""
   for level in config.levels:
     dataset = f'persona_{level}'
     for seed in range(config.contexts):
@@ -90,7 +90,8 @@ def items(config: SmallSuiteConfig) -> Iterator[MonitorItem]:
       yield from context_items(config, 'persona', dataset, seed, WORDINGS, pattern, control)
 
 
-def _contexts(rng: random.Random, seed: int, n_people: int, n_steps: int) -> tuple[Context, Context]:
+def _contexts(rng: random.Random, seed: int, n_people: int, n_steps: int
+              ) -> tuple[Context, Context]:
   """Returns questions of several facts, and questions of one with the same two answers."""
   people = _people(rng, seed, n_people)
   facts = _facts(rng, people)

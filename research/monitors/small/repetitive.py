@@ -16,6 +16,7 @@ _ANSWERS = tuple(str(n) for n in DIGITS)
 
 
 def _code(lines: Sequence[str], answer: int) -> Question:
+  """Returns what a program prints in its last line."""
   return Question({'code': '\n'.join([*lines, 'print(x)'])}, str(answer))
 
 
@@ -48,29 +49,23 @@ def _counting(texts: Sequence[str]) -> Iterator[Question]:
 
 
 def _word_pairs() -> list[str]:
+  """Returns some texts of two different words."""
   pairs = [f'{a} {b}' for a, b in itertools.permutations(LONG_WORDS, 2)]
   return random.Random('word pairs').sample(pairs, 400)
 
 
 def _expressions(n_terms: int, may_negate: bool) -> list[Question]:
   """Returns Boolean expressions, later terms bracketed."""
-  texts = ['True', 'False']
-  terms = texts + ['not True', 'not False'] * may_negate
-  for _ in range(n_terms - 1):
-    texts = [f'{a} {sign} {b if b in terms else f"({b})"}'
-             for a in terms for sign in ('and', 'or') for b in (terms if texts[0] == 'True' else texts)]
-  return [Question({'expression': text}, str(_truth(text.split()))) for text in texts]
-
-
-def _truth(words: list[str]) -> bool:
-  """Returns the value of an expression that is bracketed from the right."""
-  is_negated = words[0] == 'not'
-  first = words[is_negated].strip('()') == 'True'
-  first, rest = first != is_negated, words[is_negated + 1:]
-  if not rest:
-    return first
-  second = _truth([rest[1].lstrip('('), *rest[2:]])
-  return first and second if rest[0] == 'and' else first or second
+  terms = [('True', True), ('False', False)]
+  if may_negate:
+    terms += [('not True', False), ('not False', True)]
+  expressions = terms
+  for n in range(1, n_terms):
+    longer = '({})' if n > 1 else '{}'
+    expressions = [
+        (f'{a} {sign} {longer.format(b)}', (x and y) if sign == 'and' else (x or y))
+        for (a, x), sign, (b, y) in itertools.product(terms, ('and', 'or'), expressions)]
+  return [Question({'expression': text}, str(truth)) for text, truth in expressions]
 
 
 def _equations(level: str) -> Iterator[Question]:

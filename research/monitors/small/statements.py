@@ -78,9 +78,11 @@ MISCONCEPTIONS = (
 
 # Each thing is of one kind and, with its article, begins a sentence.
 KINDS = {
-    'an animal': ('A dog', 'A cow', 'A lion', 'A sheep', 'A horse', 'A tiger', 'A rabbit', 'A goat'),
+    'an animal': (
+        'A dog', 'A cow', 'A lion', 'A sheep', 'A horse', 'A tiger', 'A rabbit', 'A goat'),
     'a metal': ('Iron', 'Gold', 'Silver', 'Copper', 'Tin', 'Lead', 'Zinc', 'Nickel'),
     'a country': ('France', 'Japan', 'Egypt', 'Brazil', 'India', 'Spain', 'Norway', 'Kenya'),
-    'a tool': ('A hammer', 'A saw', 'A drill', 'A wrench', 'A shovel', 'A rake', 'A chisel', 'A file'),
+    'a tool': (
+        'A hammer', 'A saw', 'A drill', 'A wrench', 'A shovel', 'A rake', 'A chisel', 'A spanner'),
     'a drink': ('Tea', 'Coffee', 'Milk', 'Wine', 'Beer', 'Lemonade', 'Cocoa', 'Apple juice'),
     'a month': ('May', 'June', 'July', 'August', 'March', 'April', 'October', 'January')}

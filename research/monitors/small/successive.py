@@ -1,4 +1,4 @@
-"""Successive Answer: questions whose correct answers happen to run in sequence; the next doesn't."""
+"""Successive Answer: correct answers happen to run in sequence; that of the question doesn't."""
 
 import itertools
 import random
@@ -11,7 +11,7 @@ from research.monitors.small.drawing import (
     Context, Question, Rivals, Wording, context_items, drawn, rng_of, truthful)
 from research.monitors.small.words import BY_FIRST_LETTER, LETTERS, NUMBER_WORDS
 
-LEAST_CANDIDATES = 3  # answers that a question may have, of any sequence that is shown
+LEAST_CANDIDATES = 2  # answers that a question may have, of any sequence that is shown
 PER_ANSWER = 40  # questions kept of each answer
 
 Pool = Mapping[str, Sequence[Question]]
@@ -42,6 +42,7 @@ SUM_WORDINGS = (
 
 
 def _sum(a: int, b: int, names: Sequence[str] | None = None) -> Question:
+  """Returns a sum, a difference where b is negative, in digits or in the names of numbers."""
   name = str if names is None else names.__getitem__
   sign, verb = ('+', 'plus') if b >= 0 else ('-', 'minus')
   return Question({'a': name(a), 'b': name(abs(b)), 'sign': sign, 'verb': verb}, name(a + b))

@@ -47,7 +47,8 @@ def _contexts(rng: random.Random, seed: int, n_shown: int) -> tuple[Context, Con
            for label in OTHER}
   shown = [question for label in OTHER for question in plain[label][:n_shown // 2]]
   rng.shuffle(shown)
-  hard = {'true': rng.sample(SURPRISING, MOST_ITEMS), 'false': rng.sample(MISCONCEPTIONS, MOST_ITEMS)}
+  hard = {'true': rng.sample(SURPRISING, MOST_ITEMS),
+          'false': rng.sample(MISCONCEPTIONS, MOST_ITEMS)}
   labels = [('true', 'false')[(seed + i) % 2] for i in range(MOST_ITEMS)]
   tricky = [Question({'text': hard[label][i]}, label) for i, label in enumerate(labels)]
   easy = [plain[label][n_shown // 2 + i] for i, label in enumerate(labels)]
@@ -55,4 +56,5 @@ def _contexts(rng: random.Random, seed: int, n_shown: int) -> tuple[Context, Con
 
 
 def _rivals(questions: Sequence[Question]) -> list[Rivals]:
+  """Returns questions with what is true, and the other answer."""
   return [Rivals(question, question.answer, OTHER[question.answer]) for question in questions]

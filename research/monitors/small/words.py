@@ -9,11 +9,11 @@ LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 BY_FIRST_LETTER = {
     words.split()[0][0]: tuple(words.split()) for words in (
         'apple arm anchor', 'bread boat bell', 'cat cup candle', 'door dog desk', 'egg ear eagle',
-        'fish fire flag', 'goat glass garden', 'hat hand horse', 'ice iron island', 'jar jacket jewel',
-        'king key kettle', 'lamp leaf lemon', 'moon milk mouse', 'nose nest needle',
-        'oil orange owl', 'pen plate pig', 'queen quilt question', 'rain rope river',
+        'fish fire flag', 'goat glass garden', 'hat hand horse', 'ice iron island',
+        'jar jacket jewel', 'king key kettle', 'lamp leaf lemon', 'moon milk mouse',
+        'nose nest needle', 'oil orange owl', 'pen plate pig', 'queen quilt question', 'rain rope river',
         'sun sand snake', 'tree table train', 'uncle umbrella urn', 'voice van violin',
-        'water wall wolf', 'yard yarn year', 'zoo zebra zone')}
+        'water wall wolf', 'xenon xylophone', 'yard yarn year', 'zoo zebra zone')}
 
 # By length, for counting letters.
 SHORT_WORDS = (
@@ -48,8 +48,8 @@ MEAL_WORDS = {
                  'bad', 'rotten')}
 
 # Each cue belongs to one topic; the people and times to none.
-PEOPLE = ('She', 'He', 'My sister', 'The young man', 'Our neighbor', 'A friend of mine', 'Her uncle',
-          'The old lady')
+PEOPLE = ('She', 'He', 'My sister', 'The young man', 'Our neighbor', 'A friend of mine',
+          'Her uncle', 'The old lady')
 TIMES = ('today', 'on Sunday', 'last week', 'this morning', 'in May', 'once more')
 TOPIC_CUES = {
     'sport': ('scored a late goal', 'won the tennis match', 'ran the marathon', 'kicked the ball',
@@ -65,13 +65,14 @@ TOPIC_CUES = {
               'raised the interest rate', 'sold the company', 'paid the income tax',
               'asked for a mortgage', 'saved ten dollars')}
 
+# Values of a person: of one token each in the tokenizers of OLMo 2 and GPT-NeoX.
 NAMES = ('Anna', 'David', 'Peter', 'Maria', 'Thomas', 'Laura', 'Martin', 'Alice', 'Robert', 'Julia',
          'Daniel', 'Helen', 'Simon', 'Emma', 'Victor', 'Clara')
 ROLES = ('teacher', 'neighbor', 'boss', 'doctor')
 CITIES = ('Paris', 'London', 'Rome', 'Berlin', 'Madrid', 'Moscow', 'Dublin', 'Vienna', 'Cairo',
           'Boston')
-INSTRUMENTS = ('piano', 'guitar', 'violin', 'flute', 'drums', 'trumpet', 'organ', 'harp')
-PETS = ('dog', 'cat', 'horse', 'rabbit', 'goat', 'snake', 'parrot', 'mouse')
+INSTRUMENTS = ('piano', 'guitar', 'violin', 'drums', 'organ', 'bass', 'horn', 'keyboard')
+PETS = ('dog', 'cat', 'horse', 'rabbit', 'goat', 'snake', 'duck', 'mouse')
 DRINKS = ('tea', 'coffee', 'milk', 'water', 'wine', 'beer', 'juice', 'cocoa')
 
 GOODS = (('bat', 'ball'), ('cup', 'spoon'), ('book', 'pen'), ('lamp', 'bulb'), ('coat', 'scarf'),

@@ -1,0 +1,68 @@
+r"""Writes monitor items to a file: the small-scale suite, or those of a run that tell most.
+
+  python -m launchers.items --write=items.parquet
+  python -m launchers.items --write=items.jsonl --config.monitors.small.levels=easy \
+      --config.monitors.small.items=4
+  python -m launchers.items --statistics_of=runs/text --table=statistics.csv
+  python -m launchers.items --statistics_of=runs/text,runs/wider --choose=500 --write=chosen.parquet
+
+The first two write the suite that --config.monitors.suite=small scores. The third prints, for every
+dataset of a monitored run, the share of checkpoints that prefer the generalizing answer, and the
+difficulty and discrimination of its items (two-parameter logistic model; several runs of the same
+items are fitted together); --table has a row per item. With --choose, items are taken that the last checkpoint of the last run
+neither always gets right nor always wrong, with controls, families, datasets and wordings in equal
+shares. A file of items is a suite: --config.monitors.suite=chosen.parquet.
+"""
+
+from absl import flags
+
+from launchers import flags as shared
+from research import overrides
+from research.config import ExperimentConfig
+from research.errors import UserError
+from research.monitors import item_statistics, items as item_files
+from research.monitors.microworld_items import microworld_items
+from research.monitors.small.suite import small_suite
+from research.run_dir import RunDir
+
+SUITES = {
+    'small': lambda config: small_suite(config.monitors.small),
+    'microworld': lambda config: microworld_items(config.data.microworld,
+                                                  config.data.sequence_length)}
+SUITE = flags.DEFINE_enum('suite', 'small', list(SUITES), 'the suite that is written')
+WRITE = flags.DEFINE_string('write', '', 'item file (.jsonl or .parquet) that is written')
+STATISTICS_OF = flags.DEFINE_list('statistics_of', [], 'monitored runs, in place of a suite')
+TABLE = flags.DEFINE_string('table', '', 'statistics of every item are written here (.csv)')
+CHOOSE = flags.DEFINE_integer('choose', None, 'how many items of the runs to take', lower_bound=1)
+
+
+def main() -> None:
+  if bool(WRITE.value) != bool(CHOOSE.value or not STATISTICS_OF.value):
+    raise UserError('--write takes the item file of a suite, or of --statistics_of with --choose')
+  if STATISTICS_OF.value:
+    items = _of_runs()
+  elif CHOOSE.value or TABLE.value:
+    raise UserError('--choose and --table need the scores of runs: --statistics_of=runs/text')
+  else:
+    try:
+      config = overrides.apply(ExperimentConfig(), shared.overrides())
+    except ValueError as error:
+      raise UserError(str(error)) from error
+    items = SUITES[SUITE.value](config)
+  if WRITE.value:
+    item_files.write_items(items, WRITE.value)
+    print(f'{len(items)} items: {WRITE.value}')
+
+
+def _of_runs():
+  """Prints the statistics of runs; returns the items that were chosen, or all."""
+  items, right = item_statistics.responses([RunDir(path) for path in STATISTICS_OF.value])
+  found = item_statistics.item_statistics(items, right)
+  print(*item_statistics.described(items, found), sep='\n')
+  if TABLE.value:
+    item_statistics.write_statistics(items, found, TABLE.value)
+  return item_statistics.choose(items, found, CHOOSE.value) if CHOOSE.value else items
+
+
+if __name__ == '__main__':
+  shared.run(main)
