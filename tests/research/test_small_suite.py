@@ -149,7 +149,7 @@ def test_the_suite_is_the_same_everywhere():
   rows = [(item.item_id, item.prompt, item.generalizing, item.shortcut)
           for item in small_suite(SmallSuiteConfig())]
   digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-  assert digest == '17ab80127d94fc184c7108da7e93b23f8560abd71b58f8f703aae71aaecad911'
+  assert digest == '9a4285196a12db6f239adc369319eba225eec0ed6c0f6551367d0a6cb13c4ad9'
 
 
 def test_a_part_has_the_items_of_the_whole():
@@ -223,7 +223,7 @@ KEYS = {
 GOOD_LABELS, POOR_LABELS = ('positive', 'good', 'happy'), ('negative', 'bad', 'sad')
 TEXTS = {  # (text, label) in the three wordings of opinions and of topics
     'review': r'Review: (.+)\nSentiment:', 'topic': r'Text: (.+)\nTopic:', 'arrow': r'(.+) ->',
-    'question': r'Q: Is .+\? "(.+)"\nA:'}
+    'question': r'Q: [^?]+\? (.+)\nA:'}
 
 
 def meaning(text: str, labels: set[str]) -> str:
@@ -437,7 +437,7 @@ def test_prompts_fit_and_answers_are_as_long(shared_data, name, shots, most):
   for item, tokens in zip(items, encoded, strict=True):
     equal[item.family].append(len(tokens.generalizing) == len(tokens.shortcut))
   shares = {family: np.mean(found) for family, found in equal.items()}
-  assert min(shares.values()) >= 0.9, shares
+  assert min(shares.values()) >= 0.95, shares
 
 
 def test_a_config_chooses_the_suite_and_a_short_context_is_refused():

@@ -31,7 +31,7 @@ def _opinions(frames: Sequence[str], nouns: Sequence[str], adjectives: dict[str,
   return Domain(sentences, (
       Wording('review', 'Review: {text}\nSentiment:', '\n\n'),
       Wording('arrow', '{text} ->', labels={'positive': 'good', 'negative': 'bad'}),
-      Wording('question', 'Q: Is the speaker happy or sad? "{text}"\nA:', '\n\n',
+      Wording('question', 'Q: Happy or sad? {text}\nA:', '\n\n',
               {'positive': 'happy', 'negative': 'sad'})))
 
 
@@ -44,7 +44,7 @@ def _topics(*labels: str) -> Domain:
   return Domain(sentences, (
       Wording('topic', 'Text: {text}\nTopic:', '\n\n'),
       Wording('arrow', '{text} ->'),
-      Wording('question', f'Q: Is it about {labels[0]} or {labels[1]}? "{{text}}"\nA:', '\n\n')))
+      Wording('question', f'Q: Is this {labels[0]} or {labels[1]}? {{text}}\nA:', '\n\n')))
 
 
 DOMAINS = {
