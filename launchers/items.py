@@ -6,21 +6,20 @@ r"""Writes monitor items to a file: the small-scale suite, or those of a run tha
   python -m launchers.items --statistics_of=runs/text --table=statistics.csv
   python -m launchers.items --statistics_of=runs/text,runs/wider --choose=500 --write=chosen.parquet
 
-The first two write the suite that --config.monitors.suite=small scores. The third prints, for every
-dataset of a monitored run, the share of checkpoints that prefer the generalizing answer, and the
-difficulty and discrimination of its items (two-parameter logistic model; several runs of the same
-items are fitted together); --table has a row per item. With --choose, items are taken that the last checkpoint of the last run
-neither always gets right nor always wrong, with controls, families, datasets and wordings in equal
-shares. A file of items is a suite: --config.monitors.suite=chosen.parquet.
+The first two write what --config.monitors.suite=small scores. The third prints for every dataset
+the share of checkpoints that prefer the generalizing answer, and how difficult and discriminating
+items are (two-parameter logistic model; runs of the same items are fitted together); --table has a
+row per item. --choose takes items that the last checkpoint of the last run gets neither always
+right nor always wrong, in equal shares of controls, families, datasets and wordings. A file of items
+is a suite: --config.monitors.suite=chosen.parquet.
 """
 
 from absl import flags
 
 from launchers import flags as shared
-from research import overrides
-from research.config import ExperimentConfig
 from research.errors import UserError
 from research.monitors import item_statistics, items as item_files
+from research.monitors.items import MonitorItem
 from research.monitors.microworld_items import microworld_items
 from research.monitors.small.suite import small_suite
 from research.run_dir import RunDir
@@ -44,17 +43,13 @@ def main() -> None:
   elif CHOOSE.value or TABLE.value:
     raise UserError('--choose and --table need the scores of runs: --statistics_of=runs/text')
   else:
-    try:
-      config = overrides.apply(ExperimentConfig(), shared.overrides())
-    except ValueError as error:
-      raise UserError(str(error)) from error
-    items = SUITES[SUITE.value](config)
+    items = SUITES[SUITE.value](shared.config_from_flags('quickstart'))
   if WRITE.value:
     item_files.write_items(items, WRITE.value)
     print(f'{len(items)} items: {WRITE.value}')
 
 
-def _of_runs():
+def _of_runs() -> list[MonitorItem]:
   """Prints the statistics of runs; returns the items that were chosen, or all."""
   items, right = item_statistics.responses([RunDir(path) for path in STATISTICS_OF.value])
   found = item_statistics.item_statistics(items, right)

@@ -191,16 +191,16 @@ def choose(items: Sequence[MonitorItem], statistics: Statistics, n: int) -> list
   """Returns n eligible items in their old order, the most informative for the model.
 
   Controls and others, families, datasets, generalizing answers (where a dataset has two), wordings
-  and contexts take turns, so that all have as equal shares as there are eligible items. Among equals
-  the most informative comes first: Fisher's information a^2 p (1 - p), of controls the likeliest p.
+  and contexts take turns, so that all have as equal shares as there are eligible items. Of equals
+  the most informative comes first: Fisher's information a^2 p (1 - p), of controls the greatest p.
 
   Raises UserError when fewer than n are eligible.
   """
   good = np.flatnonzero(eligible(items, statistics))
   if not 0 < n <= len(good):
-    raise UserError(f'{n} items cannot be chosen: {len(good)} of {len(items)} are off the floor and '
-                    f'the ceiling of this model; choose 1 to {len(good)}' if len(good) else
-                    f'none of {len(items)} items is off the floor and the ceiling of this model')
+    advice = f'choose 1 to {len(good)}' if len(good) else 'take easier or harder ones'
+    raise UserError(f'{n} items cannot be chosen: {len(good)} of {len(items)} are off the floor '
+                    f'and ceiling of this model; {advice}')
   answers = collections.defaultdict(set)
   for item in items:
     answers[item.dataset].add(item.generalizing)

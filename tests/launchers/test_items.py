@@ -37,13 +37,13 @@ def test_items_of_a_run_are_chosen(tmp_path):
     table.write_scores(run_dir.monitor_scores, step, Scores(
         margin.astype(np.float32), np.zeros(len(items), np.float32)))
   chosen, statistics = tmp_path / 'chosen.jsonl', tmp_path / 'statistics.csv'
-  result = launch('items', f'--statistics_of={run_dir.path}', '--choose=20', f'--write={chosen}',
+  result = launch('items', f'--statistics_of={run_dir.path}', '--choose=12', f'--write={chosen}',
                   f'--table={statistics}')
   assert result.returncode == 0, result.stderr
   assert 'truthy/truthy_easy: share 0.' in result.stdout
   taken, odd = read_items(chosen), items[1::2]
-  assert len(taken) == 20 and all(item in odd for item in taken)
-  assert collections.Counter(item.is_control for item in taken) == {False: 10, True: 10}
+  assert len(taken) == 12 and all(item in odd for item in taken)
+  assert collections.Counter(item.is_control for item in taken) == {False: 6, True: 6}
   frame = pd.read_csv(statistics)
   assert frame['item_id'].tolist() == [item.item_id for item in items]
   assert not frame['is_eligible'][::2].any()

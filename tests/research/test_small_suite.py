@@ -5,124 +5,32 @@ words mean is stated here again.
 """
 
 import collections
-import contextlib
-import fractions
-import functools
 import hashlib
-import io
 import json
 import re
-import string
 
 import numpy as np
 import pytest
 
+from research import overrides
 from research.config import ExperimentConfig
 from research.data import tokenizers
 from research.errors import UserError
-from research.monitors.encoding import encode_item, n_context
+from research.monitors.encoding import encode_item
 from research.monitors.items import check_items
 from research.monitors.small.config import FAMILIES, LEVELS, SmallSuiteConfig
 from research.monitors.small.statements import MISCONCEPTIONS, SURPRISING
 from research.monitors.small.suite import fitting_suite, small_suite
 from research.monitors.watch import suite_items
-from research import overrides
+from tests.research import small_suite_solvers as solvers
+from tests.research.small_suite_solvers import (
+    answers, earliest, is_plainly_true, last_shown, latest, majority, meaning, solved,
+    split_dataset)
 
 ITEMS = small_suite(SmallSuiteConfig(items=4))
 BY_FAMILY = collections.defaultdict(list)
 for _item in ITEMS:
   BY_FAMILY[_item.family].append(_item)
-NUMBERS = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
-           'fifteen sixteen seventeen eighteen nineteen twenty').split()
-ORDERS = {'number_words': NUMBERS, 'letters': list(string.ascii_lowercase),
-          'arithmetic': [str(n) for n in range(1000)], 'even': [str(n) for n in range(0, 1000, 2)]}
-
-
-def split_dataset(item) -> tuple[str, str]:
-  """Returns (task, level) of an item."""
-  task, _, level = item.dataset.removesuffix('_control').rpartition('_')
-  return task, level
-
-
-def value(text: str) -> int:
-  return NUMBERS.index(text) if text in NUMBERS else int(text)
-
-
-def total(a: str, sign: str, b: str) -> str:
-  result = value(a) + value(b) * (1 if sign in ('+', 'plus') else -1)
-  return NUMBERS[result] if a in NUMBERS else str(result)
-
-
-@functools.cache
-def printed(code: str) -> str:
-  output = io.StringIO()
-  with contextlib.redirect_stdout(output):
-    exec(code, {})
-  return output.getvalue().strip()
-
-
-def solution(equation: str) -> str:
-  difference = eval('lambda x: ({}) - ({})'.format(*equation.split('=')))
-  found = [x for x in range(-50, 50) if difference(x) == 0]
-  assert len(found) == 1
-  return str(found[0])
-
-
-SUMS = (r'(\S+) ([+-]) (\S+) =', r'Q: What is (\S+) (plus|minus) (\S+)\?\nA:',
-        r'(\S+) (plus|minus) (\S+) is')
-# task, or task_level -> (a pattern per wording, groups -> answer)
-SOLVERS = {
-    'number_words_easy': (
-        (r'(\d+):', r'Q: What is (\d+) in words\?\nA:', r'The number (\d+) in words is'),
-        lambda n: NUMBERS[int(n)]),
-    'number_words_medium': (
-        (r'After (\w+):', r'Q: Which number follows (\w+)\?\nA:', r'The number after (\w+) is'),
-        lambda n: NUMBERS[NUMBERS.index(n) + 1]),
-    'number_words_hard': (SUMS, total), 'arithmetic': (SUMS, total), 'even': (SUMS, total),
-    'letters_easy': (
-        (r'([A-Z]):', r'Q: What is ([A-Z]) in lower case\?\nA:', r'The small form of ([A-Z]) is'),
-        str.lower),
-    'letters_medium': (
-        (r'(\w+):', r'Q: Which letter does "(\w+)" begin with\?\nA:',
-         r'The first letter of (\w+) is'), lambda word: word[0]),
-    'letters_hard': (
-        (r'Before (\w):', r'Q: Which letter comes before (\w)\?\nA:',
-         r'In the alphabet, the letter before (\w) is'), lambda letter: chr(ord(letter) - 1)),
-    'code_tracing': (
-        (r'((?:.+\n)+)# prints', r'Code:\n((?:.+\n)+)Output:',
-         r'What does this print\?\n((?:.+\n)+)Answer:'), printed),
-    'letter_counting': (
-        (r'count of (\w) in (.+) =', r'Q: How many times is the letter (\w) in "(.+)"\?\nA:',
-         r'The number of times that (\w) is in (.+) is'),
-        lambda letter, text: str(sum(c == letter for c in text))),
-    'logic': ((r'(.+) ==', r'Q: What is (.+)\?\nA:', r'The value of (.+) is'),
-              lambda expression: str(eval(expression))),
-    'algebra': ((r'(.+), so x =', r'Q: If (.+), what is x\?\nA:', r'Solve (.+)\nx ='), solution)}
-
-
-@functools.cache
-def solved(item) -> tuple[list[str], list[str], str]:
-  """Returns the answers that a prompt gives, those that are right, and the right one to the question.
-
-  The whole text must be questions that a pattern reads, in one wording.
-  """
-  task, level = split_dataset(item)
-  patterns, answer = SOLVERS.get(f'{task}_{level}') or SOLVERS[task]
-  for pattern in patterns:
-    whole = re.compile(rf'^{pattern}(?: (\S+))?$', re.MULTILINE)
-    found = whole.findall(item.prompt)
-    if found and not whole.sub('', item.prompt).strip():
-      *shown, question = found
-      assert question[-1] == ''
-      return ([parts[-1] for parts in shown], [answer(*parts[:-1]) for parts in shown],
-              answer(*question[:-1]))
-  raise AssertionError(f'{item.item_id} is in no known wording: {item.prompt!r}')
-
-
-def answers(item) -> tuple[str, str]:
-  for answer in (item.generalizing, item.shortcut):
-    assert answer == f' {answer.strip()}'
-  return item.generalizing[1:], item.shortcut[1:]
 
 
 def test_the_suite_has_what_it_promises():
@@ -159,14 +67,15 @@ def test_a_part_has_the_items_of_the_whole():
   assert set(part) <= set(ITEMS)
   crossed = small_suite(SmallSuiteConfig(families=('truthy',), contexts=3, wordings=3))
   assert len(crossed) == 3 * 2 * 3 * 2 * 3
-  assert {item.variant for item in crossed if item.seed == 1} == {'statement', 'sentence', 'question'}
+  assert {item.variant for item in crossed if item.seed == 1} == {
+      'statement', 'sentence', 'question'}
   assert set(small_suite(SmallSuiteConfig(families=('truthy',), contexts=3))) <= set(crossed)
 
 
 def test_successive_answers_run_until_the_question_breaks_them():
   for item in BY_FAMILY['successive']:
     given, right, answer = solved(item)
-    order = ORDERS[split_dataset(item)[0]]
+    order = solvers.ORDERS[split_dataset(item)[0]]
     places = [order.index(one) for one in given]
     steps = {b - a for a, b in zip(places, places[1:])}
     generalizing, shortcut = answers(item)
@@ -211,36 +120,10 @@ def test_controls_ask_what_the_pattern_asks():
         assert blank[0] == blank[1]
 
 
-GOOD = set('wonderful brilliant delightful moving excellent superb charming clever beautiful fantastic '
-           'delicious tasty perfect lovely great heavenly amazing'.split())
-POOR = set('terrible boring awful dull horrible stupid dreadful poor ugly disappointing disgusting '
-           'bland burnt stale nasty bad rotten'.split())
-KEYS = {
-    'sport': 'goal tennis marathon ball hockey boxing coach race',
-    'cooking': 'potatoes pie eggs onions soup chicken carrots stew',
-    'music': 'violin choir piano song orchestra trumpet melody symphony',
-    'money': 'loan bank shares interest company tax mortgage dollars'}
-GOOD_LABELS, POOR_LABELS = ('positive', 'good', 'happy'), ('negative', 'bad', 'sad')
-TEXTS = {  # (text, label) in the three wordings of opinions and of topics
-    'review': r'Review: (.+)\nSentiment:', 'topic': r'Text: (.+)\nTopic:', 'arrow': r'(.+) ->',
-    'question': r'Q: [^?]+\? (.+)\nA:'}
-
-
-def meaning(text: str, labels: set[str]) -> str:
-  """Returns the label, of the two in use, that a sentence has by its words."""
-  words = set(re.findall(r'\w+', text.lower()))
-  if labels <= set(KEYS):
-    found = [topic for topic in labels if words & set(KEYS[topic].split())]
-  else:
-    found = [label for label in labels if words & (GOOD if label in GOOD_LABELS else POOR)]
-  assert len(found) == 1, text
-  return found[0]
-
-
 def test_flipped_labels_are_flipped_and_balanced():
   n_shown = collections.defaultdict(set)
   for item in BY_FAMILY['flipped']:
-    whole = re.compile(rf'^{TEXTS[item.variant]}(?: (\S+))?$', re.MULTILINE)
+    whole = re.compile(rf'^{solvers.TEXTS[item.variant]}(?: (\S+))?$', re.MULTILINE)
     assert not whole.sub('', item.prompt).strip()
     *shown, (text, none) = whole.findall(item.prompt)
     labels = set(answers(item))
@@ -256,21 +139,6 @@ def test_flipped_labels_are_flipped_and_balanced():
   assert n_shown == {'easy': {16}, 'medium': {8}, 'hard': {4}}
 
 
-KINDS = {
-    'an animal': 'dog cow lion sheep horse tiger rabbit goat',
-    'a metal': 'iron gold silver copper tin lead zinc nickel',
-    'a country': 'france japan egypt brazil india spain norway kenya',
-    'a tool': 'hammer saw drill wrench shovel rake chisel spanner',
-    'a drink': 'tea coffee milk wine beer lemonade cocoa juice',
-    'a month': 'may june july august march april october january'}
-VERDICTS = {'true': True, 'right': True, 'false': False, 'wrong': False}
-
-
-def is_plainly_true(statement: str) -> bool:
-  thing, kind = re.fullmatch(r'(?:An? |Apple )?(\w+) is (an? \w+)\.', statement).groups()
-  return thing.lower() in KINDS[kind].split()
-
-
 def test_truthy_demonstrations_are_plain_and_its_questions_are_not():
   assert len(SURPRISING) >= 30 and len(MISCONCEPTIONS) >= 30
   assert len(set(SURPRISING + MISCONCEPTIONS)) == len(SURPRISING) + len(MISCONCEPTIONS)
@@ -281,10 +149,10 @@ def test_truthy_demonstrations_are_plain_and_its_questions_are_not():
     assert not whole.sub('', item.prompt).strip()
     *shown, (statement, none) = whole.findall(item.prompt)
     assert none == ''
-    verdicts = [VERDICTS[verdict] for _, verdict in shown]
+    verdicts = [solvers.VERDICTS[verdict] for _, verdict in shown]
     assert verdicts == [is_plainly_true(text) for text, _ in shown]
     assert sum(verdicts) * 2 == len(verdicts) in (4, 8, 16)
-    generalizing, shortcut = (VERDICTS[answer] for answer in answers(item))
+    generalizing, shortcut = (solvers.VERDICTS[answer] for answer in answers(item))
     assert generalizing != shortcut
     if item.is_control:
       assert generalizing == is_plainly_true(statement)
@@ -292,46 +160,13 @@ def test_truthy_demonstrations_are_plain_and_its_questions_are_not():
       assert statement in (SURPRISING if generalizing else MISCONCEPTIONS)
 
 
-def pair(text: str) -> tuple[int, int]:
-  together, of_one, more = re.search(r'cost (\d+) coins together\. The \w+ costs (\d+) coins( more)?',
-                                     text).groups()
-  together, of_one = int(together), int(of_one)
-  sensible = [y for y in range(together) if y + (y + of_one if more else of_one) == together]
-  return sensible[0], together - of_one
-
-
-def makers(text: str) -> tuple[int, int]:
-  numbers = lambda pattern: map(int, re.search(pattern, text).groups())
-  wanted, = numbers(r'job .*is to make (\d+)')
-  if ' every ' in text:  # one group, at a steady rate
-    made, minutes = numbers(r'makes (\d+) \w+ every (\d+) minutes')
-    return int(fractions.Fraction(minutes, made) * wanted), wanted
-  workers, minutes, made = numbers(r'(\d+) \w+ need (\d+) minutes to make (\d+)')
-  others, = numbers(r'job for (\d+)')
-  return int(wanted / (others * fractions.Fraction(made, workers * minutes))), wanted
-
-
-def doubling(text: str) -> tuple[int, int]:
-  days, share = int(re.search(r'day (\d+)', text)[1]), 4 if 'a quarter' in text else 2
-  if 'same amount' in text:
-    return next(d for d in range(days) if share * d == days), days // share
-  area = {day: fractions.Fraction(1, 2**(days - day)) for day in range(days + 1)}
-  return next(day for day in area if area[day] * share == 1), days // share
-
-
-def posts(text: str) -> tuple[int, int]:
-  length = int(re.search(r'(\d+) meters has', text)[1])
-  gap = int(re.search(r'(?:every|of) (\d+) meters[,.]', text)[1])
-  places = range(0, length + 1, gap) if 'at each end' in text else range(0, length, gap)
-  return len(places), length // gap
-
-
 def test_intuitive_problems_are_solved_by_solving():
-  solvers = {'pair': pair, 'makers': makers, 'doubling': doubling, 'posts': posts}
+  solve = {'pair': solvers.pair, 'makers': solvers.makers, 'doubling': solvers.doubling,
+           'posts': solvers.posts}
   seen = collections.Counter()
   for item in BY_FAMILY['intuitive']:
     task, _ = split_dataset(item)
-    right, at_once = map(str, solvers[task](item.prompt))
+    right, at_once = map(str, solve[task](item.prompt))
     generalizing, shortcut = answers(item)
     assert generalizing == right, item.prompt
     assert (shortcut if not item.is_control else generalizing) == at_once
@@ -340,20 +175,16 @@ def test_intuitive_problems_are_solved_by_solving():
   assert len(seen) == 8 and min(seen.values()) >= 100
 
 
-ASKED = (r'(\w[\w ]*) (?:was born in|plays the|keeps a|likes to drink)',
-         r'(?:birthplace|instrument|pet|drink) of ([\w ]+):',
-         r'Q: (?:Where was|What does|Which pet does) ([\w ]+?) (?:born|play|keep|like to drink)\?\nA:')
-
-
 def test_persona_answers_follow_from_the_facts():
   hops = collections.defaultdict(set)
   for item in BY_FAMILY['persona']:
     facts, _, question = item.prompt.rpartition('\n' if item.variant != 'question' else '\n\n')
     related = dict(re.findall(r'(?:teacher|neighbor|boss|doctor) of (\w+)(?: is|:) (\w+)', facts))
-    owned = dict(re.findall(r'(\w+) (?:was born in|plays the|keeps a|likes to drink) (\w+)\.', facts)
+    owned = dict(re.findall(
+        r'(\w+) (?:was born in|plays the|keeps a|likes to drink) (\w+)\.', facts)
                  + re.findall(r'(?:birthplace|instrument|pet|drink) of (\w+): (\w+)', facts))
     assert len(related) == len(owned) == len(set(owned.values()))
-    who = next(found[1] for pattern in ASKED if (found := re.fullmatch(pattern, question)))
+    who = next(found[1] for pattern in solvers.ASKED if (found := re.fullmatch(pattern, question)))
     *steps, name = who.split(' of ')
     meant = name
     for _ in steps:
@@ -369,35 +200,6 @@ def test_persona_answers_follow_from_the_facts():
       'persona_easy': (3, 1), 'persona_medium': (6, 1), 'persona_hard': (6, 2),
       'persona_easy_control': (3, 0), 'persona_medium_control': (6, 0),
       'persona_hard_control': (6, 0)}
-
-
-def shown_answers(item) -> list[str]:
-  """Returns what follows every question of a few-shot prompt, whatever the family."""
-  joiner = '\n\n' if '\n\n' in item.prompt else '\n'
-  return [part.split()[-1] for part in item.prompt.split(joiner)[:-1]]
-
-
-def last_shown(item) -> str | None:
-  return (shown_answers(item) or [None])[-1]
-
-
-def majority(item) -> str | None:
-  counts = collections.Counter(shown_answers(item)).most_common()
-  return counts[0][0] if counts and (len(counts) == 1 or counts[0][1] > counts[1][1]) else None
-
-
-def latest(item) -> str | None:
-  """The rival that is mentioned last."""
-  places = {answer: max((m.start() for m in re.finditer(rf'\b{answer}\b', item.prompt)), default=-1)
-            for answer in answers(item)}
-  return max(places, key=places.get) if max(places.values()) >= 0 else None
-
-
-def earliest(item) -> str | None:
-  """The rival that is mentioned first."""
-  places = {answer: m.start() for answer in answers(item)
-            if (m := re.search(rf'\b{answer}\b', item.prompt))}
-  return min(places, key=places.get) if places else None
 
 
 @pytest.mark.parametrize('family, heuristics', [
@@ -421,7 +223,8 @@ def test_labels_are_balanced():
       contexts[item.dataset, item.seed][item.generalizing] += 1
     assert all(len(set(counts.values())) == 1 and len(counts) == 2 for counts in contexts.values())
   for level in LEVELS:
-    logic = collections.Counter(item.generalizing for item in ITEMS if item.dataset == f'logic_{level}')
+    logic = collections.Counter(
+        item.generalizing for item in ITEMS if item.dataset == f'logic_{level}')
     assert logic[' True'] == logic[' False']
 
 
@@ -431,7 +234,7 @@ def test_prompts_fit_and_answers_are_as_long(shared_data, name, shots, most):
   tokenizer = tokenizers.load(shared_data / 'tokenizers' / name)
   items = small_suite(SmallSuiteConfig(contexts=3, shots=shots))
   encoded = [encode_item(item, tokenizer) for item in items]
-  assert max(map(n_context, encoded)) <= most
+  assert max(max(len(tokens.generalizing), len(tokens.shortcut)) for tokens in encoded) <= most
   assert not any(tokens.straddles for tokens in encoded)
   equal = collections.defaultdict(list)
   for item, tokens in zip(items, encoded, strict=True):
@@ -464,8 +267,9 @@ def test_the_most_demonstrations_can_be_drawn():
 
 @pytest.mark.parametrize('path, text, words', [
     ('families', 'flipt', 'families=flipt must be different ones of successive'),
-    ('levels', 'easy,easy', 'must be different ones of easy'), ('items', '3', 'items=3 must be even'),
-    ('contexts', '0', 'contexts=0'), ('wordings', '4', 'wordings=4'), ('shots', '12', 'shots=12')])
+    ('levels', 'easy,easy', 'must be different ones of easy'),
+    ('items', '3', 'items=3 must be even'), ('contexts', '0', 'contexts=0'),
+    ('wordings', '4', 'wordings=4'), ('shots', '12', 'shots=12')])
 def test_bad_sizes_are_refused(path, text, words):
   with pytest.raises(ValueError, match=words):
     overrides.apply(ExperimentConfig(), [(f'monitors.small.{path}', text)])

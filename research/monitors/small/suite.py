@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from research.data.tokenizers import Tokenizer
 from research.errors import UserError
-from research.monitors.encoding import encode_item, n_context
+from research.monitors.encoding import encode_item
 from research.monitors.items import MonitorItem
 from research.monitors.small import flipped, intuitive, persona, repetitive, successive, truthy
 from research.monitors.small.config import SmallSuiteConfig
@@ -46,6 +46,7 @@ def fitting_suite(config: SmallSuiteConfig, tokenizer: Tokenizer, context_length
 def _longest(items: list[MonitorItem], tokenizer: Tokenizer, start_id: int | None
              ) -> tuple[MonitorItem, int]:
   """Returns the item that needs most context, and how many tokens it needs."""
-  needs = [n_context(encode_item(item, tokenizer, start_id)) for item in items]
+  encoded = [encode_item(item, tokenizer, start_id) for item in items]
+  needs = [max(len(tokens.generalizing), len(tokens.shortcut)) - 1 for tokens in encoded]
   most = max(range(len(items)), key=needs.__getitem__)
   return items[most], needs[most]

@@ -11,9 +11,9 @@ BY_FIRST_LETTER = {
         'apple arm anchor', 'bread boat bell', 'cat cup candle', 'door dog desk', 'egg ear eagle',
         'fish fire flag', 'goat glass garden', 'hat hand horse', 'ice iron island',
         'jar jacket jewel', 'king key kettle', 'lamp leaf lemon', 'moon milk mouse',
-        'nose nest needle', 'oil orange owl', 'pen plate pig', 'queen quilt question', 'rain rope river',
-        'sun sand snake', 'tree table train', 'uncle umbrella urn', 'voice van violin',
-        'water wall wolf', 'xenon xylophone', 'yard yarn year', 'zoo zebra zone')}
+        'nose nest needle', 'oil orange owl', 'pen plate pig', 'queen quilt question',
+        'rain rope river', 'sun sand snake', 'tree table train', 'uncle umbrella urn',
+        'voice van violin', 'water wall wolf', 'xenon xylophone', 'yard yarn year', 'zoo zebra zone')}
 
 # By length, for counting letters.
 SHORT_WORDS = (
