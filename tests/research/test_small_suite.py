@@ -229,8 +229,11 @@ def test_labels_are_balanced():
 
 
 @pytest.mark.parametrize('shots, most', [(8, 256), (16, 512)])
-@pytest.mark.parametrize('name', ['allenai_dolma2.json', 'gpt_neox_20B_tokenizer.json'])
-def test_prompts_fit_and_answers_are_as_long(shared_data, name, shots, most):
+@pytest.mark.parametrize('name, least', [
+    ('allenai_dolma2.json', 1.0),
+    # Some numbers of three digits, and some words of numbers, are two tokens there.
+    ('gpt_neox_20B_tokenizer.json', 0.9)])
+def test_prompts_fit_and_answers_are_as_long(shared_data, name, least, shots, most):
   tokenizer = tokenizers.load(shared_data / 'tokenizers' / name)
   items = small_suite(SmallSuiteConfig(contexts=3, shots=shots))
   encoded = [encode_item(item, tokenizer) for item in items]
@@ -240,7 +243,7 @@ def test_prompts_fit_and_answers_are_as_long(shared_data, name, shots, most):
   for item, tokens in zip(items, encoded, strict=True):
     equal[item.family].append(len(tokens.generalizing) == len(tokens.shortcut))
   shares = {family: np.mean(found) for family, found in equal.items()}
-  assert min(shares.values()) >= 0.95, shares
+  assert min(shares.values()) >= least, shares
 
 
 def test_a_config_chooses_the_suite_and_a_short_context_is_refused():
