@@ -71,7 +71,7 @@ SOLVERS = {
         (r'count of (\w) in (.+) =', r'Q: How many times is the letter (\w) in "(.+)"\?\nA:',
          r'The number of times that (\w) is in (.+) is'),
         lambda letter, text: str(sum(c == letter for c in text))),
-    'logic': ((r'(.+) ==', r'Q: What is (.+)\?\nA:', r'The value of (.+) is'),
+    'logic': ((r'\((.+)\) ==', r'Q: What is (.+)\?\nA:', r'The value of (.+) is'),
               lambda expression: str(eval(expression))),
     'algebra': ((r'(.+), so x =', r'Q: If (.+), what is x\?\nA:', r'Solve (.+)\nx ='), solution)}
 

@@ -57,7 +57,7 @@ def test_the_suite_is_the_same_everywhere():
   rows = [(item.item_id, item.prompt, item.generalizing, item.shortcut)
           for item in small_suite(SmallSuiteConfig())]
   digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-  assert digest == '9a4285196a12db6f239adc369319eba225eec0ed6c0f6551367d0a6cb13c4ad9'
+  assert digest == 'b9665325fa696f637aec518f92a7d1e828a48654aae41709e0a71f43f8f7948a'
 
 
 def test_a_part_has_the_items_of_the_whole():
@@ -94,6 +94,8 @@ def test_repetitive_answers_are_equal_until_the_question_breaks_them():
     given, right, answer = solved(item)
     generalizing, shortcut = answers(item)
     assert given == right and answer == generalizing != shortcut and len(given) == 8
+    parts = item.prompt.split('\n\n' if '\n\n' in item.prompt else '\n')
+    assert len(set(parts)) == len(parts) == 9  # no question twice
     if item.is_control:
       counts = collections.Counter(given).values()
       assert len(counts) >= 2 and max(counts) - min(counts) <= 1

@@ -36,7 +36,7 @@ def _two_variables() -> Iterator[Question]:
 
 def _branching() -> Iterator[Question]:
   """Yields programs with a condition or a loop."""
-  for x, y, k in itertools.product(range(1, 8), range(2, 6), range(1, 4)):
+  for x, y, k in itertools.product(range(1, 13), range(2, 6), range(1, 6)):
     yield _code((f'x = {x}', f'if x > {y}:', f'  x = x - {k}'), x - k if x > y else x)
     yield _code((f'x = {x}', f'for i in range({y}):', f'  x = x + {k}'), x + y * k)
 
@@ -90,7 +90,7 @@ COUNT_WORDINGS = (
     Wording('question', 'Q: How many times is the letter {letter} in "{text}"?\nA:', '\n\n'),
     Wording('sentence', 'The number of times that {letter} is in {text} is'))
 LOGIC_WORDINGS = (
-    Wording('equation', '{expression} =='),
+    Wording('equation', '({expression}) =='),
     Wording('question', 'Q: What is {expression}?\nA:', '\n\n'),
     Wording('sentence', 'The value of {expression} is'))
 ALGEBRA_WORDINGS = (

@@ -25,9 +25,9 @@ class Task(NamedTuple):
 
 
 def by_answer(questions: Sequence[Question], order: Sequence[str]) -> Pool:
-  """Returns questions by answer, at most PER_ANSWER of each, of the answers that have any."""
+  """Returns different questions by answer, at most PER_ANSWER of each, of answers that have any."""
   pool: dict[str, list[Question]] = {answer: [] for answer in order}
-  for question in questions:
+  for question in {tuple(question.parts.values()): question for question in questions}.values():
     if question.answer in pool:
       pool[question.answer].append(question)
   rng = random.Random('questions')
