@@ -177,13 +177,16 @@ def rest_correlation(right_TI: np.ndarray) -> np.ndarray:
 def eligible(items: Sequence[MonitorItem], statistics: Statistics) -> np.ndarray:
   """Returns which items tell something about the model that they are chosen for, bool (I,).
 
-  Off the floor and the ceiling, with a discrimination above LEAST_DISCRIMINATION. Controls may be
-  at the ceiling, where whatever they fall from is seen, and need not discriminate.
+  Off the floor and the ceiling, with a discrimination above LEAST_DISCRIMINATION that is not the
+  prior's alone: the correlation with the rest of the group is positive too, so what never changed
+  is left out. Controls may be at the ceiling, where whatever they fall from is seen, and need not
+  discriminate, but some checkpoint got them right.
   """
   is_control = np.array([item.is_control for item in items])
-  off_floor = statistics.probability >= OFF_FLOOR
+  off_floor = (statistics.probability >= OFF_FLOOR) & (statistics.share > 0)
   between = off_floor & (statistics.probability <= 1 - OFF_FLOOR)
-  telling = between & (statistics.discrimination > LEAST_DISCRIMINATION)
+  telling = (between & (statistics.discrimination > LEAST_DISCRIMINATION)
+             & (statistics.correlation > 0))
   return np.where(is_control, off_floor, telling)
 
 

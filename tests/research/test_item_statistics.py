@@ -87,6 +87,11 @@ def test_what_says_nothing_is_not_eligible():
       True, False, False]
   backwards = statistics_of(items, 0.5, -1.0)
   assert item_statistics.eligible(items, backwards).sum() == 3  # controls
+  # What never changed is known by the prior alone.
+  right_TI = np.random.default_rng(0).random((30, 9)) < np.linspace(0.1, 0.9, 30)[:, None]
+  right_TI[:, [0, 3]], right_TI[:, [1, 4]] = False, True
+  assert item_statistics.eligible(items, item_statistics.item_statistics(items, right_TI))[
+      :6].tolist() == [False, False, False, False, True, True]
 
 
 def test_chosen_items_are_balanced_and_tell_most():
