@@ -10,6 +10,7 @@ from models.config import ModelConfig
 from parallelism.distributed import HostsConfig
 from parallelism.mesh import MeshConfig
 from research.data.config import DataConfig
+from research.monitors.small.config import SmallSuiteConfig
 from research.training.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -28,9 +29,10 @@ class MonitorConfig:
 
   KIND: ClassVar[str] = 'placement'
 
-  suite: A[str, "'microworld', 'none', the path of an item file (.jsonl or .parquet), or the "
-           'published suite: a folder or owner/dataset of the hub'] = 'none'
+  suite: A[str, "'microworld', 'small' (any text model), 'none', the path of an item file (.jsonl "
+           'or .parquet), or the published suite: a folder or owner/dataset of the hub'] = 'none'
   batch_rows: A[int, 'rows scored at a time, at most'] = 256
+  small: SmallSuiteConfig = SmallSuiteConfig()
   captures: A[int, 'suspected hops that are bracketed to one step by replay when the run ends, '
               'confirmed ones first; takes checkpoints.keep=0'] = 0
 

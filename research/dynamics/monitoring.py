@@ -76,7 +76,7 @@ def monitor_series(trajectory: PublicTrajectory, run_dir: RunDir,
   config = imported_config(trajectory.model, trajectory.location, trajectory.steps[-1], 'float32',
                            overrides)
   if config.monitors.suite == 'none':
-    raise UserError('--config.monitors.suite is none; name a file of monitor items')
+    raise UserError('--config.monitors.suite is none; name small, or a file of monitor items')
   imported = prepared(config, trajectory.model, trajectory.tokenizer_folder())
   run_dir.lock()
   try:

@@ -11,6 +11,7 @@ from research.monitors.items import ITEM_SUFFIXES, MonitorItem, check_items, rea
 from research.monitors.microworld_items import microworld_items
 from research.monitors.published_score import PublishedScorer
 from research.monitors.scoring import Scorer, Scores
+from research.monitors.small.suite import fitting_suite
 from research.monitors.suspects import Suspects
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader, cast
@@ -19,7 +20,8 @@ from research.training.divisions import replicas
 
 def suite_items(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None
                 ) -> list[MonitorItem]:
-  """Returns the items that monitors.suite names; raises UserError if the file is bad.
+  """Returns the items that monitors.suite names; raises UserError if the file is bad or an item of
+  the small suite does not fit into the context.
 
   Of the published suite those that the model can score; what is left out is printed.
   """
@@ -27,6 +29,8 @@ def suite_items(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | 
     return []
   if config.monitors.suite == 'microworld':
     return microworld_items(config.data.microworld, config.data.sequence_length)
+  if config.monitors.suite == 'small':
+    return fitting_suite(config.monitors.small, tokenizer, config.model.context_length, start_id)
   if pathlib.Path(config.monitors.suite).suffix in ITEM_SUFFIXES:
     return read_items(config.monitors.suite)
   suite = published.scorable(published.read(config.monitors.suite), tokenizer,

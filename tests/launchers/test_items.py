@@ -1,0 +1,56 @@
+"""The launcher of item files. Witness: the files, read by pandas and by the reader of suites."""
+
+import collections
+
+import numpy as np
+import pandas as pd
+
+from research.data import tokenizers
+from research.monitors import table
+from research.monitors.encoding import encode_items
+from research.monitors.items import read_items
+from research.monitors.scoring import Scores
+from research.monitors.small.config import SmallSuiteConfig
+from research.monitors.small.suite import small_suite
+from research.run_dir import RunDir
+from tests.launchers.test_launchers import launch
+
+SIZE = SmallSuiteConfig(families=('successive', 'truthy'), levels=('easy',), contexts=3)
+
+
+def test_the_suite_is_written(tmp_path):
+  path = tmp_path / 'items.parquet'
+  result = launch('items', f'--write={path}', '--config.monitors.small.families=successive,truthy',
+                  '--config.monitors.small.levels=easy', '--config.monitors.small.contexts=3')
+  assert result.returncode == 0, result.stderr
+  assert read_items(path) == small_suite(SIZE)
+
+
+def test_items_of_a_run_are_chosen(tmp_path):
+  """Half of the items go up with the checkpoints, the others are never right."""
+  items, run_dir = small_suite(SIZE), RunDir(tmp_path / 'run')
+  rng = np.random.default_rng(0)
+  encoded = encode_items(items, tokenizers.byte_tokenizer(), 10_000)
+  table.write_item_table(run_dir.monitor_items, items, encoded)
+  for step in range(16):
+    margin = rng.normal(size=len(items)) + np.where(np.arange(len(items)) % 2, step / 4 - 4, -50)
+    table.write_scores(run_dir.monitor_scores, step, Scores(
+        margin.astype(np.float32), np.zeros(len(items), np.float32)))
+  chosen, statistics = tmp_path / 'chosen.jsonl', tmp_path / 'statistics.csv'
+  result = launch('items', f'--statistics_of={run_dir.path}', '--choose=12', f'--write={chosen}',
+                  f'--table={statistics}')
+  assert result.returncode == 0, result.stderr
+  assert 'truthy/truthy_easy: share 0.' in result.stdout
+  taken, odd = read_items(chosen), items[1::2]
+  assert len(taken) == 12 and all(item in odd for item in taken)
+  assert collections.Counter(item.is_control for item in taken) == {False: 6, True: 6}
+  frame = pd.read_csv(statistics)
+  assert frame['item_id'].tolist() == [item.item_id for item in items]
+  assert not frame['is_eligible'][::2].any()
+  assert (frame['share'][::2] == 0).all()
+
+
+def test_senseless_flags_are_refused(tmp_path):
+  result = launch('items', '--choose=5', f'--write={tmp_path}/x.jsonl')
+  assert result.returncode == 2 and '--statistics_of' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
