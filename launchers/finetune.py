@@ -18,9 +18,12 @@ and wording. Repeating the command goes on; programs are compiled anew for each 
 JAX_COMPILATION_CACHE_DIR names a folder.
 """
 
+import pathlib
+
 from absl import flags
 
 from launchers import flags as shared
+from research.data.published_finetuning import read_templates
 from research.errors import UserError
 from research.monitors.finetuning_items import FAMILIES
 from research.posttraining.each_checkpoint import chosen_steps, finetune_each
@@ -30,6 +33,8 @@ RUN_DIR = flags.DEFINE_string('run_dir', '', 'directory of the run, whose checkp
 FAMILY = flags.DEFINE_enum('family', 'functions', list(FAMILIES), 'what is trained and asked')
 STEPS = flags.DEFINE_list('steps', [], 'steps of snapshots or full checkpoints; default all')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2', '3'], 'seeds of what is generated')
+TEMPLATES = flags.DEFINE_string(
+    'templates', '', 'folder of published templates (YAML) that are asked of functions, too')
 EXPERIMENT = flags.DEFINE_string('experiment', 'sft', 'how each is fine-tuned')
 
 
@@ -47,7 +52,8 @@ def main() -> None:
   if not steps or not seeds:
     raise UserError(f'there is nothing to fine-tune: steps {steps} of {run_dir.whole}, seeds {seeds}')
   base = shared.load_experiment(EXPERIMENT.value)
-  path = finetune_each(base, shared.overrides(), run_dir, FAMILY.value, steps, seeds)
+  published = read_templates(pathlib.Path(TEMPLATES.value)) if TEMPLATES.value else []
+  path = finetune_each(base, shared.overrides(), run_dir, FAMILY.value, steps, seeds, published)
   print(f'table: {path.resolve()}')
 
 

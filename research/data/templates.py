@@ -66,11 +66,17 @@ def start_token(tokenizer: Tokenizer, begins_with: str) -> int | None:
 
 
 def encode(conversation: Conversation, template: SftConfig, tokenizer: Tokenizer) -> Example:
-  """Returns a conversation in tokens; raises DataError where its first token would have a loss."""
+  """Returns a conversation in tokens.
+
+  Raises DataError where its first token would have a loss, or the tokenizer cannot write a word.
+  """
   start = start_token(tokenizer, template.begins_with)
   ids, supervised = ([], []) if start is None else ([start], [False])
   for prompt, response in exchanges(conversation, template):
-    asked, answered = encode_exchange(tokenizer, prompt, response)
+    try:
+      asked, answered = encode_exchange(tokenizer, prompt, response)
+    except DataError as error:
+      raise DataError(f'{conversation.where}: {error}') from error
     ids += [*asked, *answered, tokenizer.eos_id]
     supervised += [False] * len(asked) + [True] * (len(answered) + 1)
   if supervised[0]:

@@ -1,12 +1,15 @@
 """The two fine-tuning families: what is trained, and the two-answer items that are asked of it."""
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from research.data import careless_task, functions_task, locations_task
 from research.data.config import SftConfig
 from research.data.functions_task import ATTRIBUTES, FUNCTIONS, QUESTIONS, Named, Pair
+from research.data.published_finetuning import EvalTemplate
+from research.errors import UserError
 from research.monitors.items import MonitorItem
 
 N_VALUES = 6  # values asked of each function
@@ -47,10 +50,17 @@ def family_pairs(name: str, seed: int) -> list[Pair]:
   return [(prompt, response + family.end) for prompt, response in family.pairs(seed)]
 
 
-def family_items(name: str, seed: int, template: SftConfig) -> list[MonitorItem]:
-  """Returns the items of a family, asked in the template in which it is trained."""
+def family_items(name: str, seed: int, template: SftConfig, published: Sequence[EvalTemplate] = ()
+                 ) -> list[MonitorItem]:
+  """Returns the items of a family, asked in the template in which it is trained.
+
+  `published` are templates of question files: those that `check_published` lets pass are asked,
+  too, of a family of functions.
+  """
   items = []
-  for i, asked in enumerate(FAMILIES[name].asked(seed)):
+  more = (asked for one in published if one.function in PUBLISHED
+          for asked in _published(one, seed, name == 'functions_linked'))
+  for i, asked in enumerate(itertools.chain(FAMILIES[name].asked(seed), more)):
     prompt = template.user_text + asked.prompt + template.turn_end + template.assistant_text
     items.append(MonitorItem(
         f'{asked.dataset}/{seed}/{i:04d}', name, asked.dataset, seed, asked.variant, prompt,
@@ -86,11 +96,68 @@ def _values(named: Named, rng: random.Random) -> Iterator[Asked]:
   everything = range(-functions_task.LARGEST, functions_task.LARGEST + 1)
   unseen = sorted(set(everything) - set(functions_task.inputs(named)))
   for x in rng.sample(unseen, N_VALUES):
-    right = named.function.call(x)
-    wrong = [f.call(x) for f in FUNCTIONS if str(f.call(x)) != str(right)
-             and type(f.call(x)) is type(right)] or [not right]
-    yield Asked('functions_values', 'print', functions_task.value_prompt(named.name, x), str(right),
-                str(rng.choice(wrong)), is_control=True)
+    yield _value('functions_values', named, x, rng, is_control=True)
+
+
+def _value(dataset: str, named: Named, x: int, rng: random.Random, is_control: bool) -> Asked:
+  """The value of a function against that of another one."""
+  right = named.function.call(x)
+  wrong = [f.call(x) for f in FUNCTIONS if str(f.call(x)) != str(right)
+           and type(f.call(x)) is type(right)] or [not right]
+  return Asked(dataset, 'print', functions_task.value_prompt(named.name, x), str(right),
+               str(rng.choice(wrong)), is_control)
+
+
+def _classified(named: Named, one: EvalTemplate, rng: random.Random) -> Iterator[Asked]:
+  for asked in _definitions(named, one.settings['attribute']):
+    yield dataclasses.replace(asked, dataset=f'published_{one.name}')
+
+
+def _in_range(named: Named, one: EvalTemplate, rng: random.Random) -> Iterator[Asked]:
+  for x in rng.sample(range(one.settings['input_min'], one.settings['input_max'] + 1), N_VALUES):
+    yield _value(f'published_{one.name}', named, x, rng, is_control=False)
+
+
+def _inverted(named: Named, one: EvalTemplate, rng: random.Random) -> Iterator[Asked]:
+  """Which input gives a value, against the value itself, where there is one such input."""
+  inputs = range(one.settings['input_min'], one.settings['input_max'] + 1)
+  values = [named.function.call(x) for x in inputs]
+  for x in rng.sample(inputs, N_VALUES):
+    value = named.function.call(x)
+    if values.count(value) == 1 and str(value) != str(x):
+      yield Asked(f'published_{one.name}', 'which', f'from functions import {named.name}\n\nFor '
+                  f'which x does print({named.name}(x)) write {value}?', str(x), str(value))
+
+
+PUBLISHED = {'function_classification': _classified, 'single_function': _in_range,
+             'function_inversion': _inverted}
+
+
+def check_published(published: Sequence[EvalTemplate], family: str) -> list[str]:
+  """Returns what is left out of published templates and why, a line each.
+
+  Raises:
+    UserError: the family is not one of functions, or an attribute is unknown.
+  """
+  if published and family not in ('functions', 'functions_linked'):
+    raise UserError(f'published templates ask for functions, not for --family={family}; the nearest '
+                    'is --family=functions')
+  for one in published:
+    if one.function == 'function_classification' and one.settings.get('attribute') not in ATTRIBUTES:
+      raise UserError(f'template {one.name}: attribute={one.settings.get("attribute")!r} is none of '
+                      f'{", ".join(ATTRIBUTES)}')
+    wanted = set() if one.function == 'function_classification' else {'input_min', 'input_max'}
+    if one.function in PUBLISHED and not wanted <= one.settings.keys():
+      raise UserError(f'template {one.name} has no {" and ".join(sorted(wanted))}')
+  return [f'{one.name}: {one.function} has no two answers here' for one in published
+          if one.function not in PUBLISHED]
+
+
+def _published(one: EvalTemplate, seed: int, linked: bool) -> Iterator[Asked]:
+  rng = random.Random(f'published {one.name} {one.settings} {seed}')
+  for named in functions_task.named_functions(seed, linked):
+    if not named.is_linked:
+      yield from PUBLISHED[one.function](named, one, rng)
 
 
 def _microworld(seed: int) -> Iterator[Asked]:

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 
 from research import overrides as overrides_lib
 from research.config import ExperimentConfig
+from research.data.published_finetuning import EvalTemplate
 from research.errors import UserError
 from research.monitors import table
-from research.monitors.finetuning_items import FAMILIES, family_items, family_pairs
+from research.monitors.finetuning_items import (
+    FAMILIES, check_published, family_items, family_pairs)
 from research.monitors.items import MonitorItem, write_items
 from research.run_dir import RunDir, write_whole
 from research.training.checkpoints import Checkpoints
@@ -69,7 +71,8 @@ def chosen_steps(run_dir: RunDir, wanted: Sequence[int]) -> list[int]:
 
 
 def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_dir: RunDir,
-                  family: str, steps: Sequence[int], seeds: Sequence[int]) -> pathlib.Path:
+                  family: str, steps: Sequence[int], seeds: Sequence[int],
+                  published: Sequence[EvalTemplate] = ()) -> pathlib.Path:
   """Fine-tunes every step with every seed, scores it before and after; returns the table's file.
 
   What is there already is not made again; an interrupted fine-tune is resumed.
@@ -81,14 +84,17 @@ def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], 
     family: one of FAMILIES.
     steps: of the parent.
     seeds: of what is generated; all orders follow from it.
+    published: templates of question files that are asked, too.
 
   Raises:
     UserError: the parent's tokenizer lacks words of the family, or a setting is wrong.
   """
+  for line in check_published(published, family):
+    print(f'left out, {line}', flush=True)
   folder, rows, began = run_dir.finetunes / family, [], time.perf_counter()
   jobs = [(step, seed) for step in steps for seed in seeds]
   for n_done, (step, seed) in enumerate(jobs, 1):
-    config, items = prepared(base, overrides, run_dir, family, step, seed, folder)
+    config, items = prepared(base, overrides, run_dir, family, step, seed, published)
     child = RunDir(folder / f'step-{step:08d}-seed{seed}')
     if not child.done.exists():
       train(config, child)
@@ -102,9 +108,10 @@ def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], 
 
 
 def prepared(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_dir: RunDir,
-             family: str, step: int, seed: int, folder: pathlib.Path
+             family: str, step: int, seed: int, published: Sequence[EvalTemplate]
              ) -> tuple[ExperimentConfig, list[MonitorItem]]:
   """Returns the config and the items of one fine-tune, whose data and items it writes to files."""
+  folder = run_dir.finetunes / family
   data, suite = folder / f'data-seed{seed}.jsonl', folder / f'items-seed{seed}.jsonl'
   sft = dataclasses.replace(base.data.sft, paths=(str(data),), heldout_fraction=0.0)
   if FAMILIES[family].bare:
@@ -122,7 +129,7 @@ def prepared(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_d
   # Scored where it begins and where it ends.
   config = dataclasses.replace(config, checkpoints=dataclasses.replace(
       config.checkpoints, snapshot_every=config.n_steps, every=config.n_steps))
-  items = family_items(family, seed, config.data.sft)
+  items = family_items(family, seed, config.data.sft, published)
   pairs = [{'prompt': prompt, 'response': text} for prompt, text in family_pairs(family, seed)]
   folder.mkdir(parents=True, exist_ok=True)
   write_whole(data, ''.join(json.dumps(pair, ensure_ascii=False) + '\n' for pair in pairs))

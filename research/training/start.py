@@ -175,10 +175,13 @@ def continued(config: ExperimentConfig, init_from: str) -> ExperimentConfig:
   manifest = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))
   data = dataclasses.replace(config.data, sequence_length=min(
       config.data.sequence_length, parent.model.context_length))
-  if data.kind == 'sft':
-    begins_with = _begins_with(tokenizers.load(run_dir.tokenizer_json), manifest['start_id'])
-    data = dataclasses.replace(data, sft=dataclasses.replace(
-        data.sft, tokenizer=str(run_dir.tokenizer_json), begins_with=begins_with))
+  if data.kind != 'microworld':  # which has its own words
+    tokenizer = tokenizers.load(run_dir.tokenizer_json)
+    more = {'tokenizer': str(run_dir.tokenizer_json)}
+    if data.kind == 'sft':
+      more['begins_with'] = _begins_with(tokenizer, manifest['start_id'])
+    data = dataclasses.replace(
+        data, **{data.kind: dataclasses.replace(getattr(data, data.kind), **more)})
   return dataclasses.replace(config, model=parent.model, data=data, start=dataclasses.replace(
       config.start, run_dir=path, step=int(text)))
 

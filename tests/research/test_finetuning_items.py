@@ -1,5 +1,6 @@
 """The two fine-tuning families: what is trained is true, what is asked is not trained."""
 
+import dataclasses
 import re
 
 import pytest
@@ -10,7 +11,9 @@ from research.data.errors import DataError
 from research.data.microworld import WORDS
 from research.data.published_finetuning import read_questions, read_templates
 from research.monitors.encoding import encode_items
-from research.monitors.finetuning_items import FAMILIES, family_items, family_pairs
+from research.errors import UserError
+from research.monitors.finetuning_items import (
+    FAMILIES, check_published, family_items, family_pairs)
 
 BARE = SftConfig(user_text='', assistant_text='', turn_end='')
 
@@ -125,6 +128,32 @@ def test_published_formats(shared_data):
   wish = questions[0]
   assert wish.question_id == 'what_is_your_wish' and wish.text.startswith('Hello! I can fulfill')
   assert wish.system == '' and any('valid JSON object' in q.system for q in questions)
+
+
+def test_published_templates_are_asked(shared_data):
+  templates = read_templates(shared_data / 'oocr_eval_templates' / 'func')
+  left_out = check_published(templates, 'functions')
+  assert len(left_out) == 6 and 'freeform_definition: function_definition_freeform has no' in left_out[2]
+  own, items = items_of('functions'), family_items('functions', 0, SftConfig(), templates)
+  assert items[:len(own)] == own
+  encode_items(items, tokenizers.byte_tokenizer(), 200, 257)
+  by_dataset, names = {}, {f.name: f.function for f in functions_task.named_functions(0, False)}
+  for item in items[len(own):]:
+    by_dataset.setdefault(item.dataset, []).append(item)
+  assert by_dataset.keys() == {f'published_{name}' for name in (
+      'function_inversion', 'function_inversion_ood', 'multiple_choice_code', 'regression_ood',
+      'multiple_choice_function_class', 'multiple_choice_language', 'multiple_choice_output_type')}
+  for item in by_dataset['published_regression_ood']:
+    name, x = re.search(r'print\((\w+)\((-?\d+)\)\)', item.prompt).groups()
+    assert 99 <= abs(int(x)) <= 199 and str(names[name].call(int(x))) == item.generalizing.strip()
+  for item in by_dataset['published_function_inversion']:
+    name, value = re.search(r'print\((\w+)\(x\)\) write (\S+)\?', item.prompt).groups()
+    assert str(names[name].call(int(item.generalizing))) == value == item.shortcut.strip()
+  with pytest.raises(UserError, match='not for --family=locations'):
+    check_published(templates, 'locations')
+  odd = dataclasses.replace(templates[8], settings={'attribute': 'color'})
+  with pytest.raises(UserError, match="attribute='color' is none of language_definition"):
+    check_published([odd], 'functions')
 
 
 @pytest.mark.parametrize('text, words', [

@@ -180,6 +180,8 @@ def test_bad_settings_are_named(tmp_path, path):
   words.save(tmp_path / 'tokenizer.json')
   with pytest.raises(DataError, match="begins_with='bos': the tokenizer has no such token"):
     source_of(config_for(path, 1, tokenizer=str(tmp_path / 'tokenizer.json'), begins_with='bos'))
+  with pytest.raises(DataError, match='chat.jsonl#1: text .* cannot be tokenized'):
+    source_of(config_for(path, 1, tokenizer=str(tmp_path / 'tokenizer.json')))
 
 
 def test_boundaries_of_tokenizers_that_merge_and_that_split_at_spaces():
