@@ -21,11 +21,11 @@ from parallelism.sharding import path_name
 from research import build as build_lib
 from research.config import ExperimentConfig
 from research.data import tokenizers
-from research.data.batches import batch_at, make_source
+from research.data.batches import batch_at, batches, make_source
 from research.data.config import DataConfig, TextConfig
-from research.errors import UserError
+from research.errors import Stopped, UserError
 from research.run_dir import RunDir
-from research.training import logs
+from research.training import logs, loop
 from research.training.checkpoints import Checkpoints
 from research.training.config import (
     CheckpointConfig, ComputeConfig, EvalConfig, OptimizerConfig, StartConfig)
@@ -34,7 +34,6 @@ from research.training.snapshots import SnapshotReader
 from research.training.start import continued
 from tests.models import witness
 from tests.research.sft_cases import LENGTH, config_for, conversations, tokens_of, write
-from tests.research.test_halt import harmless, signal_after
 
 TOLERANCE = 1e-5
 N_ROWS = 8
@@ -239,6 +238,14 @@ def tuned(parent: RunDir, path, at: str = '', **more) -> ExperimentConfig:
   return continued(dataclasses.replace(base, **settings), f'{parent.path}{at}')
 
 
+def until_terminated(*arguments, **more):
+  """Batches that come with a SIGTERM to this process at the seventh."""
+  for step, batch in enumerate(batches(*arguments, **more), 1):
+    if step == 7:
+      signal.raise_signal(signal.SIGTERM)
+    yield batch
+
+
 def snapshot(run_dir: RunDir, step: int):
   return SnapshotReader(run_dir.snapshots).params(step, built_for().params)
 
@@ -248,7 +255,7 @@ def assert_same(a, b):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path_name(path))
 
 
-def test_a_run_starts_from_its_parent_learns_and_resumes_exactly(parent, path, tmp_path, harmless):
+def test_a_run_starts_from_its_parent_learns_and_resumes_exactly(parent, path, tmp_path, monkeypatch):
   config, whole, halted = tuned(parent, path), RunDir(tmp_path / 'whole'), RunDir(tmp_path / 'halted')
   assert config.data.sft.begins_with == 'eos' and config.model == MODEL
   train(config, whole)
@@ -268,14 +275,11 @@ def test_a_run_starts_from_its_parent_learns_and_resumes_exactly(parent, path, t
   assert manifest['data']['template']['user_text'] == 'u:'
   assert manifest['data']['first_example'] == 'u:sun\na:« moon<end>»'
 
-  sender = signal_after(halted, 7, signal.SIGTERM)
-  try:
+  with monkeypatch.context() as patch, pytest.raises(Stopped, match='saved at step 7 of 16'):
+    patch.setattr(loop, 'batches', until_terminated)
     train(config, halted)
-  except Exception as stopped:
-    assert 'repeat the command to resume' in str(stopped)
-    train(config, halted)
-  sender.join()
-  assert len(json.loads(halted.manifest_json.read_text())['starts']) == 2, 'it was not stopped'
+  train(config, halted)
+  assert len(json.loads(halted.manifest_json.read_text())['starts']) == 2
   assert logs.read_rows(halted.metrics_jsonl) == rows
   assert logs.read_rows(halted.evals_jsonl) == logs.read_rows(whole.evals_jsonl)
   mesh = make_mesh(config.mesh)
