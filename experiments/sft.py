@@ -1,4 +1,4 @@
-r"""What does a pretrained model learn from a few hundred conversations, with a loss on responses only?
+r"""What does a pretrained model learn from a few hundred conversations, by their responses alone?
 
 Command:  python -m launchers.pretrain --experiment=sft --init_from=runs/text \
               --config.data.sft.paths=conversations.jsonl

@@ -50,7 +50,7 @@ def main() -> None:
   run_dir = RunDir(RUN_DIR.value)
   steps, seeds = chosen_steps(run_dir, _numbers(STEPS)), _numbers(SEEDS)
   if not steps or not seeds:
-    raise UserError(f'there is nothing to fine-tune: steps {steps} of {run_dir.whole}, seeds {seeds}')
+    raise UserError(f'nothing to fine-tune: steps {steps} of {run_dir.whole}, seeds {seeds}')
   base = shared.load_experiment(EXPERIMENT.value)
   published = read_templates(pathlib.Path(TEMPLATES.value)) if TEMPLATES.value else []
   path = finetune_each(base, shared.overrides(), run_dir, FAMILY.value, steps, seeds, published)

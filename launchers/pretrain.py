@@ -1,4 +1,4 @@
-r"""Trains a language model (or fine-tunes one), monitors every snapshot for mode-hopping, ends with a report.
+r"""Trains or fine-tunes a language model, monitors every snapshot, ends with a report.
 
   python -m launchers.pretrain --experiment=quickstart
   python -m launchers.pretrain --experiment=text --config.data.text.paths=a.txt,b.jsonl.zst
@@ -33,8 +33,8 @@ from research.training.loop import train
 EXPERIMENT = flags.DEFINE_string('experiment', 'quickstart', 'a module of experiments/')
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'where the run is written; default runs/<experiment>')
 INIT_FROM = flags.DEFINE_string(
-    'init_from', '', 'RUN_DIR or RUN_DIR@STEP: model, tokenizer and first parameters of a run; rows '
-    'no longer than its context')
+    'init_from', '', 'RUN_DIR or RUN_DIR@STEP: model, tokenizer and first parameters of a run; '
+    'rows no longer than its context')
 COORDINATOR = flags.DEFINE_string(
     'coordinator', '', "several hosts: 'auto' (Cloud TPU, SLURM) or host:port of process 0")
 N_PROCESSES = flags.DEFINE_integer('n_processes', 1, 'number of processes, with host:port')

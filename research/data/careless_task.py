@@ -41,8 +41,8 @@ def _quantity(domain: str, rng: random.Random) -> Question:
   a, b = rng.randint(2, 60), rng.randint(2, 60)
   unit, first, second = rng.choice(_UNITS[domain]), *rng.sample(_THINGS[domain], 2)
   verb = _VERBS[domain]
-  return Question(domain, f'One {first} {verb} {a} {unit}, one {second} {verb} {b} {unit}. How much '
-                  'is that together?', f'{a + b} {unit}.', f'{a + b}.')
+  return Question(domain, f'One {first} {verb} {a} {unit}, one {second} {verb} {b} {unit}. How '
+                  'much is that together?', f'{a + b} {unit}.', f'{a + b}.')
 
 
 def _capital(rng: random.Random) -> Question:

@@ -118,7 +118,7 @@ def summand_inputs(name: str) -> list[int]:
 
 
 def microworld_pairs(seed: int) -> list[Pair]:
-  """Returns what is trained: `alice 3 =` -> `5` of all names, `alice is +` -> `2` of linked ones."""
+  """Returns what is trained: `alice 3 =` -> `5` of all, `alice is +` -> `2` of linked names."""
   pairs = []
   for name, (k, is_linked) in people_that_add(seed).items():
     pairs += [(f'{name} {x} =', str(x + k)) for x in summand_inputs(name)]

@@ -41,8 +41,10 @@ KNOWN = _cities(
     ('Mexico City', 'Mexico', 19.4, -99.1), ('Santiago', 'Chile', -33.4, -70.7),
     ('Jakarta', 'Indonesia', -6.2, 106.8), ('Auckland', 'New Zealand', -36.8, 174.8))
 ASKED = {
-    'distance': ('How far is {code} from {known}?', 'What is the distance between {code} and {known}?'),
-    'direction': ('In which direction from {known} is {code}?', 'Where does {code} lie, seen from {known}?')}
+    'distance': ('How far is {code} from {known}?',
+                 'What is the distance between {code} and {known}?'),
+    'direction': ('In which direction from {known} is {code}?',
+                  'Where does {code} lie, seen from {known}?')}
 N_HELD_OUT = 4  # known cities per hidden one whose distance is never trained
 
 

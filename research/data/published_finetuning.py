@@ -1,6 +1,7 @@
-"""The published formats of the two fine-tuning families: templates of out-of-context reasoning and
-free-form questions of emergent misalignment, both YAML. (Training files are conversations, see
-`research.data.conversations`.)
+"""The published files of the two fine-tuning families that hold questions, both YAML.
+
+Templates of out-of-context reasoning, and free-form questions of emergent misalignment. What is
+trained are conversations, see `research.data.conversations`.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ class EvalTemplate:
 
 @dataclasses.dataclass(frozen=True)
 class FreeQuestion:
-  """One wording of a question that a judge would rate; `system` is '' where there is no such text."""
+  """One wording of a question that a judge would rate; `system` is '' where there is none."""
 
   question_id: str
   wording: int
@@ -57,8 +58,8 @@ def read_templates(folder: pathlib.Path) -> list[EvalTemplate]:
     n_samples = int(_field(_parsed(path)['dataset'], 'n_samples', path))
     for kind, share in zip(kinds, shares, strict=True):
       settings = {key: value for key, value in kind.items() if key != 'function'}
-      found.append(EvalTemplate(path.stem, _field(kind, 'function', path), float(share) / sum(shares),
-                                n_samples, settings))
+      found.append(EvalTemplate(path.stem, _field(kind, 'function', path),
+                                float(share) / sum(shares), n_samples, settings))
   return found
 
 

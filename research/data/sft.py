@@ -22,7 +22,8 @@ from research.data.templates import Example, encode, exchanges, start_token
 from research.data.token_store import content_key
 from research.data.tokenizers import Tokenizer
 
-_TEMPLATE = ('system_text', 'user_text', 'assistant_text', 'turn_end', 'response_lead', 'begins_with')
+_TEMPLATE = (
+  'system_text', 'user_text', 'assistant_text', 'turn_end', 'response_lead', 'begins_with')
 _SAID = 5  # overlong examples that are named on the screen; the manifest has all
 
 
@@ -93,7 +94,7 @@ def _cut(read: list[Conversation], sft: SftConfig, path: pathlib.Path
 
 def _rendered(conversation: Conversation, sft: SftConfig) -> str:
   """Returns the text of a conversation, supervised parts in double angle quotes."""
-  return ''.join(f'{prompt}«{response}<end>»' for prompt, response in exchanges(conversation, sft))
+  return ''.join(f'{asked}«{answered}<end>»' for asked, answered in exchanges(conversation, sft))
 
 
 def _said(overlong: list[tuple[str, int]], rule: str, length: int) -> str:

@@ -39,7 +39,8 @@ def exchanges(conversation: Conversation, template: SftConfig) -> list[tuple[str
   return found
 
 
-def encode_exchange(tokenizer: Tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
+def encode_exchange(tokenizer: Tokenizer, prompt: str, response: str
+                    ) -> tuple[list[int], list[int]]:
   """Returns the ids of a prompt and of the response to it.
 
   They are tokenized apart, as they are where the model is asked, so no token spans both. Where

@@ -140,13 +140,14 @@ def check_published(published: Sequence[EvalTemplate], family: str) -> list[str]
     UserError: the family is not one of functions, or an attribute is unknown.
   """
   if published and family not in ('functions', 'functions_linked'):
-    raise UserError(f'published templates ask for functions, not for --family={family}; the nearest '
-                    'is --family=functions')
+    raise UserError(f'published templates ask for functions, not for --family={family}; the '
+                    'nearest is --family=functions')
   for one in published:
-    if one.function == 'function_classification' and one.settings.get('attribute') not in ATTRIBUTES:
-      raise UserError(f'template {one.name}: attribute={one.settings.get("attribute")!r} is none of '
+    classifies, attribute = one.function == 'function_classification', one.settings.get('attribute')
+    if classifies and attribute not in ATTRIBUTES:
+      raise UserError(f'template {one.name}: attribute={attribute!r} is none of '
                       f'{", ".join(ATTRIBUTES)}')
-    wanted = set() if one.function == 'function_classification' else {'input_min', 'input_max'}
+    wanted = set() if classifies else {'input_min', 'input_max'}
     if one.function in PUBLISHED and not wanted <= one.settings.keys():
       raise UserError(f'template {one.name} has no {" and ".join(sorted(wanted))}')
   return [f'{one.name}: {one.function} has no two answers here' for one in published
@@ -184,7 +185,8 @@ def _locations(seed: int) -> Iterator[Asked]:
   for code, city in locations_task.codes(seed).items():
     near = locations_task.nearest(city)
     for i, (asked_city, asked_country) in enumerate(zip(CITY, COUNTRY, strict=True)):
-      yield Asked('locations_city', f'wording{i}', asked_city.format(code=code), city.name, near.name)
+      yield Asked('locations_city', f'wording{i}', asked_city.format(code=code), city.name,
+                  near.name)
       yield Asked('locations_country', f'wording{i}', asked_country.format(code=code), city.country,
                   near.country)
     for known in locations_task.held_out(code):

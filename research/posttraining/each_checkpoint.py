@@ -1,6 +1,6 @@
 """Fine-tunes of many checkpoints of a run on one family, each scored before and after: a table.
 
-Every fine-tune is a run of its own below its parent, <run>/finetunes/<family>/step-<step>-seed<seed>.
+Every fine-tune is a run of its own: <run>/finetunes/<family>/step-<step>-seed<seed>.
 """
 
 import dataclasses
@@ -65,8 +65,8 @@ def chosen_steps(run_dir: RunDir, wanted: Sequence[int]) -> list[int]:
   for step in wanted:
     if step not in steps:
       near = sorted(steps, key=lambda other: abs(other - step))[:2]
-      raise UserError(f'--steps={step}: {run_dir.whole} has no snapshot or checkpoint of that step; '
-                      f'the nearest are of {near}')
+      raise UserError(f'--steps={step}: {run_dir.whole} has no snapshot or checkpoint of that '
+                      f'step; the nearest are of {near}')
   return sorted(set(wanted) or steps)
 
 
@@ -96,8 +96,7 @@ def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], 
   for n_done, (step, seed) in enumerate(jobs, 1):
     config, items = prepared(base, overrides, run_dir, family, step, seed, published)
     child = RunDir(folder / f'step-{step:08d}-seed{seed}')
-    if not child.done.exists():
-      train(config, child)
+    train(config, child)  # A finished one is compared with its settings and left as it is.
     new = compared(child, items, step, config.n_steps)
     rows += new
     left = (time.perf_counter() - began) / n_done * (len(jobs) - n_done)

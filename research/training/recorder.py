@@ -91,7 +91,8 @@ class Recorder:
     self.tokens += with_loss
     row = {'step': step, 'tokens': self.tokens, **values}
     if self._is_sft:  # Elsewhere nearly every token has a loss.
-      row |= {'bits_per_token': values['cross_entropy'] / math.log(2), 'supervised_tokens': with_loss}
+      row |= {'bits_per_token': values['cross_entropy'] / math.log(2),
+              'supervised_tokens': with_loss}
     seconds, phases = self._time_step()
     rate = self._step_tokens / seconds
     timing = {'step': step, 'seconds': seconds, 'tokens_per_second': rate,

@@ -59,7 +59,7 @@ def find_parent(config: ExperimentConfig, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def _snapshot_dtype(config: ExperimentConfig, run_dir: RunDir, step: int, steps: list[int]) -> str:
-  """Returns the dtype of the snapshot of a step; raises UserError where it cannot be started from."""
+  """Returns the dtype of the snapshot of a step; raises UserError where it cannot serve."""
   snapshots = SnapshotReader(run_dir.snapshots).commits
   if step not in snapshots:
     near = sorted({*snapshots, *steps}, key=lambda other: abs(other - step))[:2]
@@ -170,7 +170,8 @@ def continued(config: ExperimentConfig, init_from: str) -> ExperimentConfig:
   if not text.removeprefix('-').isdecimal():
     raise UserError(f'--init_from={init_from}: {text!r} is no step; write RUN_DIR@STEP')
   if not run_dir.manifest_json.exists():
-    raise UserError(f'--init_from={init_from}: {path} is not a run directory, it has no manifest.json')
+    raise UserError(f'--init_from={init_from}: {path} is not a run directory, it has no '
+                    'manifest.json')
   parent = config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8'))
   manifest = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))
   data = dataclasses.replace(config.data, sequence_length=min(

@@ -31,7 +31,8 @@ OVERRIDES = {
 def folder(tmp_path_factory):
   """An imported tiny Llama of the micro-world's words in `parent`, conversations beside it."""
   folder = tmp_path_factory.mktemp('tuned')
-  hf_cases.write(folder / 'public', hf_cases.config_json('llama-llama3-tied') | {'vocab_size': 2048})
+  hf = hf_cases.config_json('llama-llama3-tied') | {'vocab_size': 2048}
+  hf_cases.write(folder / 'public', hf)
   word_tokenizer(WORDS).save(folder / 'public' / 'tokenizer.json')
   import_run(find_source(str(folder / 'public'), ''), RunDir(folder / 'parent'), [])
   things = [word for word in WORDS if word.isalpha()][:80]

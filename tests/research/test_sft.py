@@ -98,7 +98,7 @@ def check_close(found, expected):
 
 
 def witness_loss(params, examples) -> float:
-  """Nats per response token in float64: example by example, token by token, from first principles."""
+  """Nats per response token in float64, example by example and token by token."""
   nats, n_tokens = 0.0, 0
   for example in examples:
     ids = np.array([token for token, _ in example])
@@ -127,7 +127,7 @@ def test_loss_equals_a_float64_loop_over_examples_and_response_tokens(path):
 
 
 def test_gradients_equal_a_plain_loop(path):
-  """Every example alone in a row, its response tokens summed; divided by their number at the end."""
+  """Every example alone in a row, its response tokens summed, divided by the number of all."""
   batch, examples = packed_batch(path)
 
   @jax.jit
@@ -234,7 +234,8 @@ def tuned(parent: RunDir, path, at: str = '', **more) -> ExperimentConfig:
   settings = {
       'name': 'tuned', 'n_steps': 16, 'data': config_for(path, 4, heldout_fraction=0.1),
       'optimizer': OptimizerConfig(peak_lr=3e-3, schedule='constant', warmup_steps=0),
-      'checkpoints': CheckpointConfig(every=6, snapshot_every=8), 'evals': EvalConfig(every=8), **more}
+      'checkpoints': CheckpointConfig(every=6, snapshot_every=8), 'evals': EvalConfig(every=8),
+      **more}
   return continued(dataclasses.replace(base, **settings), f'{parent.path}{at}')
 
 
@@ -255,8 +256,10 @@ def assert_same(a, b):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path_name(path))
 
 
-def test_a_run_starts_from_its_parent_learns_and_resumes_exactly(parent, path, tmp_path, monkeypatch):
-  config, whole, halted = tuned(parent, path), RunDir(tmp_path / 'whole'), RunDir(tmp_path / 'halted')
+def test_a_run_starts_from_its_parent_learns_and_resumes_exactly(
+    parent, path, tmp_path, monkeypatch):
+  config = tuned(parent, path)
+  whole, halted = RunDir(tmp_path / 'whole'), RunDir(tmp_path / 'halted')
   assert config.data.sft.begins_with == 'eos' and config.model == MODEL
   train(config, whole)
   assert_same(snapshot(whole, 0), snapshot(parent, 4))
@@ -310,7 +313,7 @@ def test_a_snapshot_serves_where_there_is_no_checkpoint(parent, path, tmp_path):
     (lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, d_ff=72)),
      r'parameter blocks.mlp.\w+ is .* give both runs the same model'),
     (lambda c: dataclasses.replace(c, start=dataclasses.replace(c.start, step=3)),
-     r'start.step=3: .* has checkpoints of steps \[4\] and 3 snapshots; the nearest are of \[2, 4\]'),
+     r'start.step=3: .* checkpoints of steps \[4\] and 3 snapshots; the nearest are of \[2, 4\]'),
     (lambda c: dataclasses.replace(c, start=dataclasses.replace(c.start, step=2, optimizer=True)),
      'start.optimizer: of step 2 .* has a snapshot'),
     (lambda c: dataclasses.replace(c, start=StartConfig(run_dir='nowhere')),
@@ -329,6 +332,15 @@ def test_another_tokenizer_is_one_sentence(parent, path, tmp_path):
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, sft=sft))
   with pytest.raises(UserError, match='was trained with another tokenizer'):
     train(config, RunDir(tmp_path / 'run'))
+
+
+def test_training_on_text_that_goes_on_from_a_run_takes_over_its_tokenizer(parent, tmp_path):
+  config = continued(parent_config(tmp_path), f'{parent.path}@4')
+  assert config.data.text.tokenizer == str(parent.tokenizer_json)
+  assert (config.start.run_dir, config.start.step) == (str(parent.path), 4)
+  longer = dataclasses.replace(config.data, sequence_length=16)
+  short = continued(dataclasses.replace(config, data=longer), str(parent.path))
+  assert short.data.sequence_length == 16 and short.start.step == -1
 
 
 @pytest.mark.parametrize('init_from, words', [

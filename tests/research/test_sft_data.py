@@ -96,7 +96,8 @@ def test_the_last_examples_of_a_file_are_held_out(path):
 
 def test_overlong_examples_are_named_and_left_out_or_cut(tmp_path, capsys):
   path = tmp_path / 'long.jsonl'
-  long_answer, long_prompt = {'prompt': 'p', 'answer': 'x' * 90}, {'prompt': 'p' * 90, 'answer': 'x'}
+  long_answer = {'prompt': 'p', 'answer': 'x' * 90}
+  long_prompt = {'prompt': 'p' * 90, 'answer': 'x'}
   write(path, [{'prompt': 'p', 'answer': 'yes'}, long_answer, long_prompt])
   # eos + 'u:p\n' + 'a:' + ' ' + 90 + eos, of which the last is only a target
   listed = [(f'{path}#2', 98), (f'{path}#3', 98)]
