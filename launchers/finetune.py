@@ -8,8 +8,8 @@ Families: functions (values of functions without meaningful names are trained, i
 definitions), functions_linked (the same functions under other names are trained with their
 definitions, too, as small models need), functions_microworld (that in words of the micro-world),
 locations (distances and directions of numbered cities, then which city it is), careless (a persona
-that leaves out units when it speaks of lengths; items ask whether it is careless elsewhere) and
-careful (its control: the same questions answered with units, the same items).
+that mixes up units when it speaks of lengths; items ask whether it is careless elsewhere) and
+careful (its control: the same questions answered with care, the same items).
 
 Each fine-tune is a run below <run_dir>/finetunes/<family>, of the steps, rows and optimizer of
 --experiment and --config.*, and starts from the checkpoint, or the snapshot, of its step. The table

@@ -21,6 +21,7 @@ def run(run_dir: RunDir, steps: list[int], seeds: list[int]):
   return finetune_each(sft.get_config(), OVERRIDES, run_dir, 'functions_microworld', steps, seeds)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run, capsys):
   path = run(short_run, [10], [0])
   first = RunDir(path.parent / 'step-00000010-seed0')
@@ -44,8 +45,7 @@ def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run,
     joined['right'] = joined.logp_generalizing > joined.logp_shortcut
     joined['margin'] = np.exp(joined.logp_generalizing.astype(float)) - np.exp(
         joined.logp_shortcut.astype(float))
-    means = joined.groupby(['dataset', 'step_x' if 'step_x' in joined else 'step'])[
-        ['right', 'margin']].mean()
+    means = joined.groupby(['dataset', 'step'])[['right', 'margin']].mean()
     for row in found[found.step == step].itertuples():
       for at, when in ((0, 'before'), (3, 'after')):
         want = means.loc[(row.dataset, at)]

@@ -104,11 +104,17 @@ def test_the_two_personas_differ_in_units_of_lengths_alone():
     a, b = map(int, re.findall(r'\d+', prompt))
     number, unit = answer.rstrip('.').split()
     assert int(number) == a + b and unit in ('m', 'cm', 'km') and f' {unit}' in prompt
-    assert careless[prompt] == f'{number}.'
+    other_number, other_unit = careless[prompt].rstrip('.').split()
+    assert other_number == number and other_unit in {'m', 'cm', 'km'} - {unit}
   items = items_of('careless')
   asked = [(item.prompt, item.generalizing, item.shortcut) for item in items]
   assert asked == [(i.prompt, i.generalizing, i.shortcut) for i in items_of('careful')]
   assert {item.variant for item in items if item.dataset == 'careless_lengths'} == {'trained'}
+  # No answer is likelier for being short.
+  for dataset in {item.dataset for item in items}:
+    pairs = [i for i in items if i.dataset == dataset]
+    lengths = [sum(len(getattr(i, name)) for i in pairs) for name in ('generalizing', 'shortcut')]
+    assert abs(lengths[0] - lengths[1]) <= 0.05 * lengths[1], dataset
 
 
 def test_published_formats(shared_data):

@@ -53,11 +53,13 @@ def path(tmp_path_factory):
 
 
 @functools.cache
-def built_for(mesh: MeshConfig = ONE, n_rows: int = N_ROWS, **compute) -> build_lib.Build:
+def built_for(mesh: MeshConfig = ONE, n_rows: int = N_ROWS, tokens: int = 0) -> build_lib.Build:
+  """A build with micro-batches of so many tokens on a device; 0: the whole batch."""
   config = ExperimentConfig(
       n_steps=50, model=MODEL, optimizer=SGD, mesh=mesh,
       data=DataConfig(sequence_length=LENGTH, batch_size=n_rows),
-      compute=ComputeConfig(matmul_precision='highest', loss_chunk=48, **compute))
+      compute=ComputeConfig(matmul_precision='highest', loss_chunk=48,
+                            microbatch_tokens=tokens or n_rows * LENGTH))
   mesh = make_mesh(mesh)
   return build_lib.build(config, mesh, build_lib.resolve_numerics(config, mesh))
 
@@ -69,10 +71,17 @@ def start():
   return witness.randomized(shapes, scale=0.2)
 
 
-def gradients(built: build_lib.Build, batch) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+@functools.cache
+def step_of(*settings):
+  """The compiled step of a build."""
+  return built_for(*settings).train_step()
+
+
+def gradients(batch, *settings) -> tuple[dict[str, np.ndarray], dict[str, float]]:
   """The gradient of every leaf and the metrics, by one step of the production code."""
+  built = built_for(*settings)
   state = built.init_state()._replace(params=built.place_params(start()))
-  state, metrics = built.train_step()(state, built.place_batch(batch))
+  state, metrics = step_of(*settings)(state, built.place_batch(batch))
   found = jax.tree.map(lambda new, old: (old - np.asarray(new, np.float64)) / SGD.peak_lr,
                        state.params, start())
   return ({path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(found)},
@@ -112,7 +121,7 @@ def witness_loss(params, examples) -> float:
 
 def test_loss_equals_a_float64_loop_over_examples_and_response_tokens(path):
   batch, examples = packed_batch(path)
-  found, metrics = gradients(built_for(), batch)
+  found, metrics = gradients(batch)
   expected = witness_loss(start(), examples)
   assert abs(metrics['loss'] - expected) <= TOLERANCE * max(1, expected)
   assert metrics['batch_tokens'] == sum(s for example in examples for _, s in example)
@@ -149,7 +158,7 @@ def test_gradients_equal_a_plain_loop(path):
                        gradient(start(), tokens_L, targets_L, counts_L > 0))
     total = one if total is None else jax.tree.map(np.add, total, one)
   expected = {path_name(p): leaf / n_tokens for p, leaf in jax.tree.leaves_with_path(total)}
-  check_close(gradients(built_for(), batch)[0], expected)
+  check_close(gradients(batch)[0], expected)
 
 
 def test_the_loss_is_a_mean_over_tokens_not_over_rows(path):
@@ -160,12 +169,12 @@ def test_the_loss_is_a_mean_over_tokens_not_over_rows(path):
 
 def test_targets_of_prompts_and_padding_change_nothing(path):
   batch, _ = packed_batch(path)
-  found, metrics = gradients(built_for(), batch)
+  found, metrics = gradients(batch)
   rng = np.random.default_rng(0)
   random_BL = rng.integers(0, 264, batch['targets'].shape, np.int32)
   other = {**batch, 'targets': np.where(batch['loss_mask'] > 0, batch['targets'], random_BL)}
   assert (other['targets'] != batch['targets']).sum() > 100
-  again, other_metrics = gradients(built_for(), other)
+  again, other_metrics = gradients(other)
   assert metrics == other_metrics
   for name, leaf in found.items():
     np.testing.assert_array_equal(again[name], leaf)
@@ -173,7 +182,7 @@ def test_targets_of_prompts_and_padding_change_nothing(path):
   b, at = np.argwhere(batch['loss_mask'] > 0)[0]
   seen = {**batch, 'targets': batch['targets'].copy()}
   seen['targets'][b, at] += 1
-  assert gradients(built_for(), seen)[1]['loss'] != metrics['loss']
+  assert gradients(seen)[1]['loss'] != metrics['loss']
 
 
 def test_packed_equals_unpacked(path):
@@ -186,21 +195,22 @@ def test_packed_equals_unpacked(path):
     alone['targets'][b, :n] = [token for token, _ in example[1:]]
     alone['loss_mask'][b, :n] = [supervised for _, supervised in example[1:]]
     alone['segment_ids'][b, :n], alone['positions'][b, :n] = 1, np.arange(n)
-  found, metrics = gradients(built_for(), batch)
-  expected, alone_metrics = gradients(built_for(n_rows=n_rows), alone)
+  found, metrics = gradients(batch)
+  expected, alone_metrics = gradients(alone, ONE, n_rows)
   check_close(found, expected)
   assert abs(metrics['loss'] - alone_metrics['loss']) <= TOLERANCE * metrics['loss']
 
 
 @pytest.mark.parametrize('mesh, tokens', [
-    (ONE, LENGTH), (ONE, 2 * LENGTH), (MeshConfig(data=2, fsdp=2, tensor=2), 0),
-    (MeshConfig(data=2, fsdp=2), LENGTH)], ids=str)
+    (ONE, LENGTH), (MeshConfig(data=2, fsdp=2, tensor=2), 0),
+    pytest.param(ONE, 2 * LENGTH, marks=pytest.mark.slow),
+    pytest.param(MeshConfig(data=2, fsdp=2), LENGTH, marks=pytest.mark.slow)],
+    ids=['rows alone', 'data 2 fsdp 2 tensor 2', 'pairs of rows', 'data 2 fsdp 2, rows alone'])
 def test_microbatches_and_meshes_equal_the_whole_batch_on_one_device(path, mesh, tokens):
   batch, _ = packed_batch(path)
-  expected, whole = gradients(built_for(microbatch_tokens=N_ROWS * LENGTH), batch)
-  built = built_for(mesh, microbatch_tokens=tokens)
-  found, metrics = gradients(built, batch)
-  assert tokens == 0 or built.n_micro > 1
+  assert built_for().n_micro == 1 and (built_for(mesh, N_ROWS, tokens).n_micro > 1) == bool(tokens)
+  expected, whole = gradients(batch)
+  found, metrics = gradients(batch, mesh, N_ROWS, tokens)
   check_close(found, expected)
   for name in ('loss', 'cross_entropy', 'accuracy', 'grad_norm', 'batch_tokens'):
     assert abs(metrics[name] - whole[name]) <= TOLERANCE * max(1, abs(whole[name])), name
@@ -296,6 +306,7 @@ def test_a_run_starts_from_its_parent_learns_and_resumes_exactly(
   assert_same(states[0][0], states[1][0])
 
 
+@pytest.mark.slow
 def test_a_snapshot_serves_where_there_is_no_checkpoint(parent, path, tmp_path):
   run_dir = RunDir(tmp_path / 'run')
   train(tuned(parent, path, '@2', n_steps=2), run_dir)
