@@ -12,7 +12,7 @@ from research.posttraining.each_checkpoint import chosen_steps, finetune_each
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
 OVERRIDES = [('n_steps', '3'), ('mesh.data', '1'), ('data.batch_size', '4'), ('evals.every', '0'),
              ('logging.tensorboard', 'false')]
 
@@ -21,7 +21,6 @@ def run(run_dir: RunDir, steps: list[int], seeds: list[int]):
   return finetune_each(sft.get_config(), OVERRIDES, run_dir, 'functions_microworld', steps, seeds)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run, capsys):
   path = run(short_run, [10], [0])
   first = RunDir(path.parent / 'step-00000010-seed0')

@@ -329,7 +329,7 @@ def test_a_snapshot_serves_where_there_is_no_checkpoint(parent, path, tmp_path):
      'start.optimizer: of step 2 .* has a snapshot'),
     (lambda c: dataclasses.replace(c, start=StartConfig(run_dir='nowhere')),
      'start.run_dir=nowhere is not a run directory'),
-])
+], ids=['model', 'step', 'optimizer', 'run_dir'])
 def test_a_start_that_does_not_fit_is_one_sentence(parent, path, tmp_path, change, words):
   with pytest.raises(UserError, match=words):
     train(change(tuned(parent, path)), RunDir(tmp_path / 'run'))
