@@ -14,8 +14,9 @@ careful (its control: the same questions answered with care, the same items).
 Each fine-tune is a run below <run_dir>/finetunes/<family>, of the steps, rows and optimizer of
 --experiment and --config.*, and starts from the checkpoint, or the snapshot, of its step. The table
 (table.parquet and table.csv there) has accuracy and margin before and after by step, seed, dataset
-and wording. Repeating the command goes on; programs are compiled anew for each fine-tune unless
-JAX_COMPILATION_CACHE_DIR names a folder.
+and wording. --config.data.sft.paths and --config.monitors.suite put other data and items in the
+place of the generated ones. Repeating the command goes on; programs are compiled anew for each
+fine-tune unless JAX_COMPILATION_CACHE_DIR names a folder.
 """
 
 import pathlib

@@ -23,7 +23,7 @@ from research.errors import UserError
 from research.monitors import table
 from research.monitors.finetuning_items import (
     FAMILIES, check_published, family_items, family_pairs)
-from research.monitors.items import MonitorItem, write_items
+from research.monitors.items import write_items
 from research.run_dir import RunDir, write_whole
 from research.training.checkpoints import Checkpoints
 from research.training.logs import duration
@@ -75,7 +75,8 @@ def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], 
                   published: Sequence[EvalTemplate] = ()) -> pathlib.Path:
   """Fine-tunes every step with every seed, scores it before and after; returns the table's file.
 
-  What is there already is not made again; an interrupted fine-tune is resumed.
+  What is there already is not made again; an interrupted fine-tune is resumed. The table keeps the
+  rows of other steps and seeds.
 
   Args:
     base: the experiment of a fine-tune: its steps, rows and optimizer.
@@ -91,13 +92,14 @@ def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], 
   """
   for line in check_published(published, family):
     print(f'left out, {line}', flush=True)
-  folder, rows, began = run_dir.finetunes / family, [], time.perf_counter()
+  folder, began = run_dir.finetunes / family, time.perf_counter()
   jobs = [(step, seed) for step in steps for seed in seeds]
+  rows = [row for row in read_table(folder) if (row.step, row.seed) not in jobs]
   for n_done, (step, seed) in enumerate(jobs, 1):
-    config, items = prepared(base, overrides, run_dir, family, step, seed, published)
+    config = prepared(base, overrides, run_dir, family, step, seed, published)
     child = RunDir(folder / f'step-{step:08d}-seed{seed}')
     train(config, child)  # A finished one is compared with its settings and left as it is.
-    new = compared(child, items, step, config.n_steps)
+    new = compared(child, step, seed, config.n_steps)
     rows += new
     left = (time.perf_counter() - began) / n_done * (len(jobs) - n_done)
     print(f'[{n_done}/{len(jobs)}] step {step}, seed {seed}: {said(new)}; '
@@ -108,8 +110,8 @@ def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], 
 
 def prepared(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_dir: RunDir,
              family: str, step: int, seed: int, published: Sequence[EvalTemplate]
-             ) -> tuple[ExperimentConfig, list[MonitorItem]]:
-  """Returns the config and the items of one fine-tune, whose data and items it writes to files."""
+             ) -> ExperimentConfig:
+  """Returns the config of one fine-tune, whose data and items it writes to files."""
   folder = run_dir.finetunes / family
   data, suite = folder / f'data-seed{seed}.jsonl', folder / f'items-seed{seed}.jsonl'
   sft = dataclasses.replace(base.data.sft, paths=(str(data),), heldout_fraction=0.0)
@@ -127,17 +129,17 @@ def prepared(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_d
     raise UserError(str(error)) from error
   # Scored where it begins and where it ends.
   config = dataclasses.replace(config, checkpoints=dataclasses.replace(
-      config.checkpoints, snapshot_every=config.n_steps, every=config.n_steps))
-  items = family_items(family, seed, config.data.sft, published)
+      config.checkpoints, snapshot_every=config.n_steps))
   pairs = [{'prompt': prompt, 'response': text} for prompt, text in family_pairs(family, seed)]
   folder.mkdir(parents=True, exist_ok=True)
   write_whole(data, ''.join(json.dumps(pair, ensure_ascii=False) + '\n' for pair in pairs))
-  write_items(items, suite)
-  return config, items
+  write_items(family_items(family, seed, config.data.sft, published), suite)
+  return config
 
 
-def compared(child: RunDir, items: Sequence[MonitorItem], step: int, n_steps: int) -> list[Row]:
+def compared(child: RunDir, step: int, seed: int, n_steps: int) -> list[Row]:
   """Returns the rows of one finished fine-tune: the same items before its first step and after."""
+  items = table.read_item_table(child.monitor_items)
   scores = [table.read_scores(child.monitor_scores / table.scores_name(at))[1]
             for at in (0, n_steps)]
   good_TB, short_TB = (np.stack([getattr(s, name) for s in scores]).astype(np.float64)
@@ -149,7 +151,7 @@ def compared(child: RunDir, items: Sequence[MonitorItem], step: int, n_steps: in
   for key, members in groups.items():
     accuracy = (good_TB > short_TB)[:, members].mean(axis=1)
     margin = (np.exp(good_TB) - np.exp(short_TB))[:, members].mean(axis=1)
-    rows.append(Row(step, items[0].seed, *key, len(members), *accuracy.tolist(), *margin.tolist()))
+    rows.append(Row(step, seed, *key, len(members), *accuracy.tolist(), *margin.tolist()))
   return rows
 
 
@@ -165,9 +167,16 @@ def said(rows: Sequence[Row]) -> str:
   return ', '.join(parts)
 
 
+def read_table(folder: pathlib.Path) -> list[Row]:
+  """Returns the rows that earlier commands wrote, none where there is no table."""
+  path = folder / 'table.parquet'
+  return [Row(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+
+
 def write_table(folder: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes table.parquet and table.csv, each whole or not at all."""
-  found = pa.Table.from_pylist([row._asdict() for row in rows])
+  """Writes table.parquet and table.csv by step and seed, each whole or not at all."""
+  ordered = sorted(rows, key=lambda row: (row.step, row.seed))
+  found = pa.Table.from_pylist([row._asdict() for row in ordered])
   for name, write in (('table.parquet', pq.write_table), ('table.csv', pyarrow.csv.write_csv)):
     write(found, folder / f'{name}.tmp')
     os.replace(folder / f'{name}.tmp', folder / name)
