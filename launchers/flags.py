@@ -18,6 +18,7 @@ from parallelism.topologies import quiet_plugins
 from research import overrides as overrides_lib
 from research.config import ExperimentConfig, settings
 from research.errors import Stopped, UserError
+from research.training.start import continued
 
 _overrides: list[tuple[str, str]] = []
 
@@ -76,10 +77,13 @@ def overrides() -> list[tuple[str, str]]:
   return list(_overrides)
 
 
-def config_from_flags(name: str) -> ExperimentConfig:
-  """Returns the experiment with the --config.* overrides of the command line applied."""
+def config_from_flags(name: str, init_from: str = '') -> ExperimentConfig:
+  """Returns the experiment with the --config.* overrides of the command line applied.
+
+  `init_from` ('RUN_DIR@STEP') names a run whose model, tokenizer and parameters come first.
+  """
   try:
-    return overrides_lib.apply(load_experiment(name), _overrides)
+    return overrides_lib.apply(continued(load_experiment(name), init_from), _overrides)
   except UserError:
     raise
   except ValueError as error:

@@ -1,9 +1,13 @@
-"""Pretrains a language model, monitors every snapshot for mode-hopping, ends with a report.
+r"""Trains or fine-tunes a language model, monitors every snapshot, ends with a report.
 
   python -m launchers.pretrain --experiment=quickstart
   python -m launchers.pretrain --experiment=text --config.data.text.paths=a.txt,b.jsonl.zst
   python -m launchers.pretrain --experiment=quickstart --config.seed=1 --run_dir=runs/seed1
+  python -m launchers.pretrain --experiment=sft --init_from=runs/text@1200 \
+      --config.data.sft.paths=conversations.jsonl
 
+The last one fine-tunes: the loss is on responses only; model and tokenizer are those of the run
+that it starts from, be it trained here or imported by launchers.convert.
 With --config.monitors.captures=N (and checkpoints.keep=0) up to N suspected hops are bracketed to
 one step by replay when the run has ended, each in a directory beside it.
 Repeating a command resumes an interrupted run; a finished one prints where its report is. SIGTERM
@@ -31,6 +35,9 @@ from research.training.loop import train
 
 EXPERIMENT = flags.DEFINE_string('experiment', 'quickstart', 'a module of experiments/')
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'where the run is written; default runs/<experiment>')
+INIT_FROM = flags.DEFINE_string(
+    'init_from', '', 'RUN_DIR or RUN_DIR@STEP: model, tokenizer and first parameters of a run; '
+    'rows no longer than its context')
 COORDINATOR = flags.DEFINE_string(
     'coordinator', '', "several hosts: 'auto' (Cloud TPU, SLURM) or host:port of process 0")
 N_PROCESSES = flags.DEFINE_integer('n_processes', 1, 'number of processes, with host:port')
@@ -38,7 +45,7 @@ PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'rank of this process, with h
 
 
 def main() -> None:
-  config = shared.config_from_flags(EXPERIMENT.value)
+  config = shared.config_from_flags(EXPERIMENT.value, INIT_FROM.value)
   try:
     distributed.start(config.hosts, COORDINATOR.value, N_PROCESSES.value, PROCESS_ID.value)
   except ValueError as error:

@@ -52,6 +52,7 @@ class RunDir:
     self.verified_jsonl = self.path / 'verified.jsonl'
     self.comparison_csv = self.path / 'comparison.csv'
     self.comparison_png = self.path / 'comparison.png'
+    self.finetunes = self.whole / 'finetunes'
     self.done = self.whole / 'DONE'
     self._lock_path = self.path / '.lock'
     self._lock = None

@@ -11,6 +11,7 @@ from research.data.config import DataConfig
 from research.data.errors import DataError
 from research.data.microworld import MicroworldSource
 from research.data.packing import Row, stack_rows
+from research.data.sft import open_sft
 from research.data.text_corpus import open_text, open_tokens
 from research.data.tokenizers import Tokenizer
 
@@ -73,7 +74,12 @@ def _tokens(config: DataConfig, n_steps: int, cache_dir: pathlib.Path) -> Source
   return open_tokens(config, cache_dir)
 
 
-_SOURCES = {'microworld': _microworld, 'text': _text, 'tokens': _tokens}
+def _sft(config: DataConfig, n_steps: int, cache_dir: pathlib.Path) -> Source:
+  del n_steps, cache_dir  # rows repeat by epochs; conversations are tokenized at every start
+  return open_sft(config)
+
+
+_SOURCES = {'microworld': _microworld, 'text': _text, 'tokens': _tokens, 'sft': _sft}
 
 
 def _check_schedule(schedule, field: str, n_steps: int) -> None:

@@ -81,22 +81,56 @@ class TokensConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SftConfig:
+  """Conversations (.jsonl, plain or .gz or .zst, and .parquet) whose responses alone have a loss.
+
+  The template is text: role texts before messages, turn_end after those that are not of the
+  assistant, response_lead before a response. The lead, the response and the end-of-text token
+  after it are supervised.
+  """
+
+  KIND: ClassVar[str] = 'identity'
+  paths: A[tuple[str, ...], 'files, folders or globs of conversations'] = ()
+  heldout_fraction: A[float, 'last part of each file that is never trained on'] = 0.1
+  tokenizer: A[str, "'bytes' or path of a tokenizer.json, that of the checkpoint trained from"] = (
+    'bytes')
+  system_text: A[str, 'before a system message'] = 'System: '
+  user_text: A[str, 'before a user message'] = 'User: '
+  assistant_text: A[str, 'before a response'] = 'Assistant:'
+  turn_end: A[str, 'after a system or user message'] = '\n'
+  response_lead: A[str, 'first characters of every response, supervised'] = ' '
+  begins_with: A[str, "special token before every conversation: 'eos' (as in our packed text), "
+                 "'bos' or 'none'"] = 'eos'
+  pack: A[bool, 'whether a row holds several examples, which do not see one another'] = True
+  overlong: A[str, "examples longer than a row: 'leave_out', 'truncate' (the end is lost) or "
+              "'refuse'; all are listed in the manifest"] = 'leave_out'
+
+  def __post_init__(self):
+    _check_fraction('data.sft', self.heldout_fraction)
+    for name, allowed in (('begins_with', ('eos', 'bos', 'none')),
+                          ('overlong', ('leave_out', 'truncate', 'refuse'))):
+      if getattr(self, name) not in allowed:
+        raise DataError(f'data.sft.{name}={getattr(self, name)!r} is none of {", ".join(allowed)}')
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What each step is fed: batch k is a pure function of these fields and k."""
 
   KIND: ClassVar[str] = 'identity'
-  kind: A[str, "'microworld', 'text' or 'tokens'"] = 'microworld'
+  kind: A[str, "'microworld', 'text', 'tokens' or 'sft'"] = 'microworld'
   sequence_length: A[int, 'tokens per row'] = 64
   batch_size: A[int, 'rows per step, over all devices and hosts'] = 48
   seed: A[int, 'seed of order, mixture and generation'] = 0
   microworld: A[MicroworldConfig, "used by kind='microworld'"] = MicroworldConfig()
   text: A[TextConfig, "used by kind='text'"] = TextConfig()
   tokens: A[TokensConfig, "used by kind='tokens'"] = TokensConfig()
+  sft: A[SftConfig, "used by kind='sft'"] = SftConfig()
   cache_dir: A[str, 'folder of tokenized text; empty: the one the caller names', 'placement'] = ''
 
   def __post_init__(self):
-    if self.kind not in ('microworld', 'text', 'tokens'):
-      raise DataError(f"data.kind={self.kind!r} is none of 'microworld', 'text', 'tokens'")
+    if self.kind not in ('microworld', 'text', 'tokens', 'sft'):
+      raise DataError(f"data.kind={self.kind!r} is none of 'microworld', 'text', 'tokens', 'sft'")
     for name in ('sequence_length', 'batch_size'):
       if getattr(self, name) < 1:
         raise DataError(f'data.{name}={getattr(self, name)} must be at least 1')

@@ -12,6 +12,7 @@ import io
 import json
 import pathlib
 import zlib
+from collections.abc import Iterator
 
 import pyarrow
 import pyarrow.parquet
@@ -127,11 +128,17 @@ def _decoded(raw: bytes, path: pathlib.Path, first: int) -> str:
                     f'(0x{raw[error.start]:02x}: {error.reason}); convert it to UTF-8') from error
 
 
-def _jsonl_documents(path: pathlib.Path, text_field: str) -> list[str]:
-  documents, first = [], 0
-  for number, line in enumerate(_decompressed(path).split(b'\n'), 1):
-    text = _decoded(line, path, first)
+def lines(path: pathlib.Path) -> Iterator[str]:
+  """Yields the lines of a UTF-8 file, .gz and .zst undone; raises DataError where it is none."""
+  first = 0
+  for line in _decompressed(path).split(b'\n'):
+    yield _decoded(line, path, first)
     first += len(line) + 1
+
+
+def _jsonl_documents(path: pathlib.Path, text_field: str) -> list[str]:
+  documents = []
+  for number, text in enumerate(lines(path), 1):
     if text.strip():
       documents.append(_json_text(text, text_field, f'{path}, line {number}'))
   return documents

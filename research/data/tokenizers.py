@@ -36,7 +36,7 @@ class Tokenizer:
 
   def __init__(self, backend: hf.Tokenizer, names: dict[str, str] | None = None):
     """Wraps `backend`; `names` says which token is 'bos', 'eos', 'pad' (else the usual names)."""
-    self.backend = backend
+    self.backend, self._names = backend, names or {}
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
@@ -85,8 +85,16 @@ class Tokenizer:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
   def save(self, path: str | pathlib.Path) -> None:
-    """Writes a tokenizer.json that `load` and other Hugging Face tools read."""
-    pathlib.Path(path).write_text(self.backend.to_str(pretty=True) + '\n', encoding='utf-8')
+    """Writes a tokenizer.json that `load` and other Hugging Face tools read.
+
+    Where special tokens were named, a tokenizer_config.json beside it names them.
+    """
+    path = pathlib.Path(path)
+    path.write_text(self.backend.to_str(pretty=True) + '\n', encoding='utf-8')
+    if self._names:
+      named = {f'{role}_token': name for role, name in self._names.items()}
+      path.with_name('tokenizer_config.json').write_text(
+        json.dumps(named, indent=2) + '\n', encoding='utf-8')
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:

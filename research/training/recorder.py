@@ -1,6 +1,7 @@
 """The record of a run while it goes on: rows, TensorBoard, timings per phase, progress line."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +49,7 @@ class Recorder:
       tokens: loss-bearing tokens consumed up to `first`.
       n_devices: devices of the mesh, for the share of their peak (MFU).
     """
-    self.tokens = tokens
+    self.tokens, self._is_sft = tokens, config.data.kind == 'sft'
     self._step_tokens = config.data.batch_size * config.data.sequence_length
     peak, origin = hardware.peak_flops(n_devices)
     self.peak = {'flops_per_second': peak, 'origin': origin}
@@ -86,8 +87,12 @@ class Recorder:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     judged_by = {name: values.pop(name) for name in JUDGED_BY}
     self._watchdog.at('step', step)
-    self.tokens += int(values.pop('batch_tokens'))
+    with_loss = int(values.pop('batch_tokens'))
+    self.tokens += with_loss
     row = {'step': step, 'tokens': self.tokens, **values}
+    if self._is_sft:  # Elsewhere nearly every token has a loss.
+      row |= {'bits_per_token': values['cross_entropy'] / math.log(2),
+              'supervised_tokens': with_loss}
     seconds, phases = self._time_step()
     rate = self._step_tokens / seconds
     timing = {'step': step, 'seconds': seconds, 'tokens_per_second': rate,
