@@ -136,7 +136,8 @@ def run(tmp_path_factory, quick_compilation) -> RunDir:
   run_dir, rows = RunDir(root / 'run'), made.files()
   made.write(root / 'suite', {name: rows[name] for name in WATCHED})
   train(short_config(**{'monitors.suite': str(root / 'suite'), 'n_steps': '2',
-                        'checkpoints.every': '2', 'checkpoints.snapshot_every': '2'}), run_dir)
+                        'monitors.bad_items': 'leave_out', 'checkpoints.every': '2',
+                        'checkpoints.snapshot_every': '2'}), run_dir)
   return run_dir
 
 
