@@ -146,6 +146,11 @@ def test_a_run_keeps_both_scores_of_a_folder(run):
   # Flipped prompts are longer than the context of 64 words.
   assert len(items_scored) == 14
   assert {item.family for item in items_scored} == {'repetitive', 'intuitive'}
+  left_out = [json.loads(line) for line in run.monitors_left_out.read_text().splitlines()]
+  assert {out['reason'] for out in left_out} == {
+      'prompt and answer are longer than model.context_length=64'}
+  assert [out['item_id'] for out in left_out] == [
+      f'flipped/imdb/{seed}/{i}' for seed in range(4) for i in range(2)]
   for step in (0, 2):
     name = table.scores_name(step)
     found, rows = compare_stored(items_scored, run.monitor_scores / name,
