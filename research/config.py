@@ -34,12 +34,13 @@ class MonitorConfig:
   suite: A[str, "'microworld', 'none', the path of an item file (.jsonl or .parquet), or the "
            'published suite: a folder or owner/dataset of the hub'] = 'none'
   batch_rows: A[int, 'rows scored at a time, at most'] = 256
-  bad_items: A[str, "items that cannot be scored: 'refuse' them all by name before anything runs, or "
-               "'leave_out', which lists them in monitors/left_out.jsonl"] = 'refuse'
+  bad_items: A[str, "items that cannot be scored: 'refuse' them all by name before anything runs, "
+               "or 'leave_out', which lists them in monitors/left_out.jsonl"] = 'refuse'
 
   def __post_init__(self):
     if self.bad_items not in BAD_ITEMS:
-      raise ValueError(f'monitors.bad_items={self.bad_items!r} is not one of {", ".join(BAD_ITEMS)}')
+      raise ValueError(f'monitors.bad_items={self.bad_items!r} is not one of '
+                       f'{", ".join(BAD_ITEMS)}')
 
 
 @dataclasses.dataclass(frozen=True)

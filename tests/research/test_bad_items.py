@@ -1,4 +1,4 @@
-"""Items that cannot be scored are listed by id: refused before anything runs, or left out by choice."""
+"""Items that cannot be scored are listed by id: refused before anything runs, or left out."""
 
 import json
 

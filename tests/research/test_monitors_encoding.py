@@ -191,10 +191,12 @@ def test_answers_share_what_they_can():
   assert_buckets_score_everything(buckets, encoded)
   assert [b.tokens_ZBS.shape for b in buckets] == [(1, 2, 5)]
   # two rows behind their prompt
-  encoded = encode_items([item('a long enough prompt', 'xyz', 'abc')], BYTES, 64)
+  prompt = 'a prompt that is long enough to be shared'
+  encoded = encode_items([item(prompt, 'xyz', 'abc')], BYTES, 64)
   bucket, = make_buckets(encoded, context_length=64, batch_rows=8)
   assert_buckets_score_everything([bucket], encoded)
-  assert bucket.prefix_lengths_ZC.tolist() == [[19]] and bucket.tokens_ZBS.shape == (1, 2, 3)
+  assert bucket.prefix_lengths_ZC.tolist() == [[len(prompt) - 1]]
+  assert bucket.tokens_ZBS.shape == (1, 2, 3)
 
 
 def test_prompts_that_share_nothing_are_padded_little():

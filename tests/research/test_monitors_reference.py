@@ -1,7 +1,8 @@
 """Scores equal a slow, obvious reference to 1e-5: one text at a time, full forward, no cache.
 
-Nothing is compiled after the first checkpoint. Every family of the micro-world, every kind of bucket, one device and eight, sliding windows and
-experts, and a published tokenizer whose tokens cross the boundary of prompt and answer.
+Nothing is compiled after the first checkpoint. Every family of the micro-world, prefixes and rows
+alone, one token and several, one device and eight, sliding windows and experts, and published
+tokenizers of which tokens cross the boundary of prompt and answer.
 """
 
 import contextlib
@@ -150,8 +151,8 @@ def test_every_family_in_words(kind, mesh):
 
 
 @pytest.mark.parametrize('kind, mesh', [
-    ('plain', EIGHT), *[pytest.param(*case, marks=pytest.mark.slow) for case in CASES + MORE
-                        if case != ('plain', EIGHT)]],
+    ('plain', ONE), *[pytest.param(*case, marks=pytest.mark.slow)
+                      for case in (('sliding', EIGHT), ('experts', ONE))]],
     ids=lambda x: x if isinstance(x, str) else f'{x.data * x.fsdp * x.tensor}')
 def test_every_family_in_bytes(kind, mesh):
   items = items_of_every_family(2) + short_items()
@@ -165,13 +166,13 @@ MERGES = [('The answer is ', 'unbelievable', 'no'), ('The answer is ', 'good', '
           ('in the inter', 'national', 'esting'), ('Is it so', ' Yes', ' No')]
 
 
-@pytest.mark.parametrize('name', ['gpt_neox_20B_tokenizer', 'allenai_dolma2'])
-@pytest.mark.parametrize('start', [False, True])
+@pytest.mark.parametrize('name, start', [('gpt_neox_20B_tokenizer', False),
+                                         ('allenai_dolma2', True)])
 def test_items_whose_tokens_cross_the_boundary(name, start, shared_data):
   tokenizer = tokenizers.load(shared_data / f'tokenizers/{name}.json')
-  items = [MonitorItem(f'{context}/{i}', 'f', 'd', context, 'v', f'Context {context}. ' * 3 * context
-                       + prompt, good, short)
+  items = [MonitorItem(f'{context}/{i}', 'f', 'd', context, 'v',
+                       f'Context {context}. ' * 3 * context + prompt, good, short)
            for context in (0, 1) for i, (prompt, good, short) in enumerate(MERGES)]
   scorer = check(items, tokenizer, 64, start_id=tokenizer.encode('the')[0] if start else None)
   assert sum(encoded.straddles for encoded in scorer.encoded) >= 6
-  assert len(kinds(scorer)) > 2
+  assert kinds(scorer) == {(True, True), (False, True)}
