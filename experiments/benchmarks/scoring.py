@@ -47,7 +47,7 @@ def _compare(task: Task, names: list[str]) -> str:
     for suite, seconds in by_suite.items():
       rate = estimate([task.n_items / s for s in seconds])
       ratio = estimate([b / a for a, b in zip(seconds, measured[last][suite], strict=True)])
-      cells += [f'{rate.median:,.0f} ({rate.low:,.0f} to {rate.high:,.0f})', f'{ratio.median:.1f}']
+      cells += [f'{rate.median:,.1f} ({rate.low:,.1f} to {rate.high:,.1f})', f'{ratio.median:.1f}']
     rows.append(cells)
   header = [f'{SIZE.value}, {task.n_items} items']
   return table(header + [cell for suite in SUITES for cell in (
