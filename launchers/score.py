@@ -1,6 +1,7 @@
 """Scores stored snapshots of a run again and checks that the bits agree with training.
 
-What was never scored, such as an average that launchers.trajectory made, is scored and stored.
+What was never scored, such as an average that launchers.trajectory made, is scored and stored
+first, one snapshot at a time: repeating the command goes on where it stopped.
 
   python -m launchers.score --run_dir=runs/quickstart
   python -m launchers.score --run_dir=runs/quickstart --steps=0,1200,2400
@@ -38,7 +39,8 @@ def main() -> None:
   stored = SnapshotReader(run_dir.snapshots).steps
   if not stored:
     raise UserError(f'{run_dir.whole} has no snapshots that could be scored')
-  steps = steps or stored
+  unscored_first = lambda step: (watch.scored_path(run_dir, step).exists(), step)
+  steps = sorted(steps or stored, key=unscored_first)
   if missing := sorted(set(steps) - set(stored)):
     raise UserError(f'--steps={missing[0]}: no such snapshot in {run_dir.snapshots}; it has {stored}')
   tokenizer = tokenizers.load(run_dir.tokenizer_json)

@@ -23,6 +23,9 @@ from research.training.config import (
 )
 
 
+BAD_ITEMS = ('refuse', 'leave_out')
+
+
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
   """Which items are scored at every snapshot."""
@@ -32,11 +35,16 @@ class MonitorConfig:
   suite: A[str, "'microworld', 'small' (any text model), 'none', the path of an item file (.jsonl "
            'or .parquet), or the published suite: a folder or owner/dataset of the hub'] = 'none'
   batch_rows: A[int, 'rows scored at a time, at most'] = 256
+  bad_items: A[str, "items that cannot be scored: 'refuse' them all by name before anything runs, "
+               "or 'leave_out', which lists them in monitors/left_out.jsonl"] = 'refuse'
   small: SmallSuiteConfig = SmallSuiteConfig()
   captures: A[int, 'suspected hops that are bracketed to one step by replay when the run ends, '
               'confirmed ones first; takes checkpoints.keep=0'] = 0
 
   def __post_init__(self):
+    if self.bad_items not in BAD_ITEMS:
+      raise ValueError(f'monitors.bad_items={self.bad_items!r} is not one of '
+                       f'{", ".join(BAD_ITEMS)}')
     if self.captures < 0:
       raise ValueError(f'monitors.captures={self.captures} must not be negative')
 

@@ -38,6 +38,7 @@ class RunDir:
     self.snapshots = self.whole / 'snapshots'
     self.monitors = self.path / 'monitors'
     self.monitor_items = self.monitors / 'items.parquet'
+    self.monitors_left_out = self.monitors / 'left_out.jsonl'
     self.monitor_scores = self.monitors / 'scores'
     self.published_scores = self.monitors / 'published_scores'
     self.parity_json = self.monitors / 'parity.json'

@@ -21,9 +21,9 @@ from research.data.tokenizers import Tokenizer
 from research.dynamics.public import TOKENIZER, open_tokenizer
 from research.dynamics.public_trajectory import config_of
 from research.errors import UserError
-from research.monitors.encoding import encode_items
 from research.monitors.items import MonitorItem
-from research.monitors.watch import Watch, suite_items
+from research.monitors.suite import Suite
+from research.monitors.watch import Watch, read_suite
 from research.run_dir import RunDir, write_whole
 from research.training import manifest as manifest_lib
 from research.training.logs import duration
@@ -41,11 +41,16 @@ class Imported(NamedTuple):
   folder: pathlib.Path
   tokenizer: Tokenizer
   start_id: int | None
-  items: list[MonitorItem]
+  suite: Suite
+
+  @property
+  def items(self) -> list[MonitorItem]:
+    """Those that are scored."""
+    return self.suite.items
 
   def watch(self, run_dir: RunDir, kept: int) -> Watch:
     """Returns the monitors of the model; scores after step `kept` are removed."""
-    return Watch(self.config, self.items, self.tokenizer, self.start_id, self.built, run_dir, kept)
+    return Watch(self.config, self.suite, self.tokenizer, self.start_id, self.built, run_dir, kept)
 
 
 def imported_config(model: ModelConfig, name: str, step: int, stored: str,
@@ -87,16 +92,14 @@ def prepared(config: ExperimentConfig, model: ModelConfig, folder: pathlib.Path)
   """
   tokenizer = open_tokenizer(folder, model)
   start_id = _start_id(tokenizer)
-  items = suite_items(config, tokenizer, start_id)
-  if items:
-    encode_items(items, tokenizer, config.model.context_length, start_id)
+  suite = read_suite(config, tokenizer, start_id)
   try:
     mesh = make_mesh(config.mesh)
     numerics = build_lib.resolve_numerics(config, mesh)
     built = build_lib.build(config, mesh, numerics)
   except ValueError as error:
     raise UserError(str(error)) from error
-  return Imported(config, numerics, built, folder, tokenizer, start_id, items)
+  return Imported(config, numerics, built, folder, tokenizer, start_id, suite)
 
 
 def _start_id(tokenizer: Tokenizer) -> int | None:

@@ -17,7 +17,7 @@ from research.errors import UserError
 from research.evals.samples import chosen_step, sample_run
 from research.monitors import published_files as files
 from research.monitors.published import N_SEEDS, PERSONA
-from research.monitors.published_files import LeftOut
+from research.monitors.items import LeftOut
 from research.run_dir import RunDir, write_whole
 from research.training.logs import duration, read_rows
 

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,22 @@ import pyarrow.parquet as pq
 from research.errors import UserError
 
 ITEM_SUFFIXES = ('.jsonl', '.parquet')
+SHOWN = 20  # ids that are printed per reason, and reasons
+
+
+class UnusableItem(UserError):
+  """An item that cannot be scored; `reason` says why."""
+
+  def __init__(self, item_id: str, reason: str):
+    super().__init__(f'monitor item {item_id!r}: {reason}')
+    self.reason = reason
+
+
+class LeftOut(NamedTuple):
+  """Something that is not scored, and why."""
+
+  item_id: str
+  reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +63,13 @@ class MonitorItem:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if type(value) is not field.type:
-        raise UserError(f'monitor item {self.item_id!r}: {field.name}={value!r} must be of type '
-                        f'{field.type.__name__}')
+        raise UnusableItem(self.item_id, f'{field.name}={value!r} must be of type '
+                           f'{field.type.__name__}')
     for field in ('item_id', 'prompt', 'generalizing', 'shortcut'):
       if not getattr(self, field):
-        raise UserError(f'monitor item {self.item_id!r}: {field} is empty')
+        raise UnusableItem(self.item_id, f'{field} is empty')
     if self.generalizing == self.shortcut:
-      raise UserError(f'monitor item {self.item_id!r}: both answers are {self.shortcut!r}; '
-                      'they must differ')
+      raise UnusableItem(self.item_id, f'both answers are {self.shortcut!r}; they must differ')
 
 
 SCHEMA = pa.schema([
@@ -93,50 +109,95 @@ def write_items(items: Sequence[MonitorItem], path: str | pathlib.Path) -> None:
 def read_items(path: str | pathlib.Path) -> list[MonitorItem]:
   """Returns the items of a .jsonl or .parquet file.
 
-  Raises UserError naming the file (and the line of a .jsonl) when it is missing or malformed.
+  Raises UserError when it is missing or damaged, and one that lists all items that are ill-formed.
+  """
+  items, left_out = sound_items(path)
+  if left_out:
+    raise UserError(refusal(left_out, len(items) + len(left_out)))
+  check_items(items)
+  return items
+
+
+def sound_items(path: str | pathlib.Path) -> tuple[list[MonitorItem], list[LeftOut]]:
+  """Returns the well-formed items of a .jsonl or .parquet file, and all others.
+
+  Of items of one id the first is kept, and of a dataset what is of the first one's family and
+  kind. What has no id goes by file and line (row of a Parquet file). Raises UserError when the file
+  is missing or damaged as a whole.
   """
   path = pathlib.Path(path)
   suffix = _suffix(path)
   if not path.is_file():
     raise UserError(f'item file {path} does not exist')
-  if suffix == '.parquet':
+  items, left_out, seen, kinds = [], [], set(), {}
+  for where, row in (_parquet_rows if suffix == '.parquet' else _json_rows)(path):
+    item_id = row.get('item_id') if isinstance(row, dict) else None
+    named = item_id if isinstance(item_id, str) and item_id else where
     try:
-      rows = [(str(path), row) for row in pq.read_table(path).to_pylist()]
-    except pa.ArrowInvalid as error:
-      raise UserError(f'item file {path} is not readable Parquet: {error}') from error
-  else:
-    rows = _json_rows(path)
-  items = [_item(row, where) for where, row in rows]
-  check_items(items)
-  return items
+      item = _item(row, named)
+      if item.item_id in seen:
+        raise UnusableItem(named, 'an item before it has the same id')
+      kind = item.family, item.is_control
+      if kinds.setdefault(item.dataset, kind) != kind:
+        raise UnusableItem(named, f'dataset {item.dataset!r} began with another family or '
+                           'is_control; name them apart')
+      seen.add(item.item_id)
+      items.append(item)
+    except UnusableItem as error:
+      left_out.append(LeftOut(named, error.reason))
+  return items, left_out
 
 
-def _json_rows(path: pathlib.Path) -> list[tuple[str, dict]]:
-  """Returns (file:line, object) for every line that is not blank."""
-  rows = []
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (file:row, object) of every row."""
+  try:
+    rows = pq.read_table(path).to_pylist()
+  except pa.ArrowInvalid as error:
+    raise UserError(f'item file {path} is not readable Parquet: {error}') from error
+  for number, row in enumerate(rows, start=1):
+    yield f'{path.name}:{number}', row
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Yields (file:line, value) of every line that is not blank, an error for what is no JSON."""
   with path.open(encoding='utf-8') as lines:
     for number, line in enumerate(lines, start=1):
       if line.strip():
         try:
-          rows.append((f'{path}:{number}', json.loads(line)))
+          yield f'{path.name}:{number}', json.loads(line)
         except json.JSONDecodeError as error:
-          raise UserError(f'{path}:{number} is not valid JSON: {error}') from error
-  return rows
+          yield f'{path.name}:{number}', error
 
 
-def _item(row: dict, where: str) -> MonitorItem:
+def _item(row: Any, named: str) -> MonitorItem:
   """Returns the item of one row; columns that items don't have are refused."""
   if not isinstance(row, dict):
-    raise UserError(f'{where} is not a JSON object')
+    raise UnusableItem(named, f'not valid JSON: {row}' if isinstance(row, Exception) else
+                       'not a JSON object')
   names = {field.name for field in dataclasses.fields(MonitorItem)}
-  missing = names - {'is_control'} - set(row)
-  if missing or set(row) - names:
-    raise UserError(f'{where}: missing fields {sorted(missing)}, unknown fields '
-                    f'{sorted(set(row) - names)}; an item has {sorted(names)}')
-  try:
-    return MonitorItem(**row)
-  except UserError as error:
-    raise UserError(f'{where}: {error}') from error
+  missing, unknown = names - {'is_control'} - set(row), set(row) - names
+  if missing or unknown:
+    raise UnusableItem(named, f'missing fields {sorted(missing)}, unknown fields {sorted(unknown)}')
+  return MonitorItem(**row)
+
+
+def listed(left_out: Sequence[LeftOut]) -> Iterator[str]:
+  """Yields a line for each reason with the ids of its items; what is beyond SHOWN is counted."""
+  reasons: dict[str, list[str]] = {}
+  for item_id, reason in left_out:
+    reasons.setdefault(reason, []).append(item_id)
+  for reason, ids in list(reasons.items())[:SHOWN]:
+    more = f' and {len(ids) - SHOWN} more' if len(ids) > SHOWN else ''
+    yield f'{reason}: {", ".join(ids[:SHOWN])}{more}'
+  if rest := list(reasons.values())[SHOWN:]:
+    yield f'{sum(map(len, rest))} more for {len(rest)} other reasons'
+
+
+def refusal(left_out: Sequence[LeftOut], n_all: int) -> str:
+  """Returns what is said where items cannot be scored and were not chosen to be left out."""
+  lines = '\n'.join(f'  {line}' for line in listed(left_out))
+  return (f'{len(left_out)} of {n_all} monitor items cannot be scored:\n{lines}\ncorrect them, or '
+          'score the others with --config.monitors.bad_items=leave_out')
 
 
 def _suffix(path: pathlib.Path) -> str:

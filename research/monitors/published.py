@@ -15,25 +15,19 @@ answer. Prompts equal the runner's where the files are the same; scores were nev
 published ones here.
 """
 
-import collections
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from research.data.errors import DataError
-from research.data.tokenizers import Tokenizer
 from research.errors import UserError
 from research.monitors import published_files as files
-from research.monitors.encoding import n_context
-from research.monitors.items import MonitorItem
-from research.monitors.published_files import LeftOut
-from research.monitors.published_score import encode_published
+from research.monitors.items import LeftOut, MonitorItem
+from research.monitors.suite import Suite
 
 N_SEEDS = 4
 VARIANT = 'published'
 PERSONA = 'multihop_persona_qa'
-SHOWN = 20  # ids that are printed per reason
 
 Demo = dict[str, Any]
 
@@ -85,20 +79,6 @@ FAMILIES = {
     'truthy': Family('truthy_answer', 'resampled', '\n', {
         'surprising_truth': 8, 'common_misconception': 100}),
     'intuitive': Family('intuitive_answer', 'none', '\n', {'crt': 0})}
-
-
-class Suite(NamedTuple):
-  """What a suite holds.
-
-  Attributes:
-    items: that can be scored.
-    left_out: what cannot, and why.
-    notes: what else differs from the published suite: absent datasets, too few demonstrations.
-  """
-
-  items: list[MonitorItem]
-  left_out: list[LeftOut]
-  notes: list[str]
 
 
 def read(location: str) -> Suite:
@@ -199,50 +179,6 @@ def _prompts(family: Family, n_shots: int, demos: list[Demo], tests: Sequence[di
     if shown is None or family.strategy == 'resampled':
       shown = _drawn(family, n_shots, pool, rng)
     yield family.joiner.join([*shown, str(row.get('prompt', ''))])
-
-
-def scorable(suite: Suite, tokenizer: Tokenizer, context_length: int, start_id: int | None
-             ) -> Suite:
-  """Returns the suite without the items that this model cannot score, which are left out by id.
-
-  An item is scored by both rules or not at all: its answers have tokens, something comes before
-  them, and prompt and answer fit into the context.
-  """
-  items, left_out = [], list(suite.left_out)
-  for item in suite.items:
-    if wrong := _unscorable(item, tokenizer, context_length, start_id):
-      left_out.append(LeftOut(item.item_id, wrong))
-    else:
-      items.append(item)
-  return Suite(items, left_out, suite.notes)
-
-
-def _unscorable(item: MonitorItem, tokenizer: Tokenizer, context_length: int,
-                start_id: int | None) -> str:
-  """Returns why this model cannot score an item, '' if it can."""
-  try:
-    tokens = encode_published(item, tokenizer, start_id)
-  except (UserError, DataError) as error:
-    return str(error).removeprefix(f'monitor item {item.item_id!r}').lstrip(': ')
-  if n_context(tokens) > context_length:
-    return f'prompt and answer are longer than model.context_length={context_length}'
-  return ''
-
-
-def described(suite: Suite) -> Iterator[str]:
-  """Yields lines: what is scored, what is left out by reason with ids, and what differs."""
-  counts = collections.Counter((item.family, item.dataset) for item in suite.items)
-  n_all = len(suite.items) + len(suite.left_out)
-  yield (f'monitors: {len(suite.items)} of {n_all} items are scored: '
-         + ', '.join(f'{family}/{dataset} {n}' for (family, dataset), n in counts.items()))
-  reasons: dict[str, list[str]] = {}
-  for item_id, reason in suite.left_out:
-    reasons.setdefault(reason, []).append(item_id)
-  for reason, ids in reasons.items():
-    more = f' and {len(ids) - SHOWN} more' if len(ids) > SHOWN else ''
-    yield f'monitors: left out, {reason}: {", ".join(ids[:SHOWN])}{more}'
-  for note in suite.notes:
-    yield f'monitors: {note}'
 
 
 def is_published(items: Sequence[MonitorItem]) -> bool:

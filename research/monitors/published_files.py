@@ -11,7 +11,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -20,13 +20,6 @@ from research.dynamics.revisions import unreachable
 from research.errors import UserError
 
 HUB_NAME = 'jiaxin-wen/generalization-dynamics-evals'
-
-
-class LeftOut(NamedTuple):
-  """Something that is not scored, and why."""
-
-  item_id: str
-  reason: str
 
 
 def find(location: str, folders: Sequence[str]) -> pathlib.Path:

@@ -11,8 +11,8 @@ import numpy as np
 from research.data.tokenizers import Tokenizer
 from research.errors import UserError
 from research.monitors import table
-from research.monitors.encoding import EncodedItem, check_length, common_length, encode_item
-from research.monitors.items import MonitorItem
+from research.monitors.encoding import EncodedItem, common_length, encode_item, encode_items
+from research.monitors.items import MonitorItem, UnusableItem
 from research.monitors.scoring import Scorer, Scores
 
 METRIC = 'published_mean_probability'
@@ -51,7 +51,7 @@ def encode_published(item: MonitorItem, tokenizer: Tokenizer, start_id: int | No
   before the text and moves the boundary; the public runner counts without it where its engine adds
   one, and then reads one token of the prompt too.
 
-  Raises UserError where nothing is left to score, or nothing precedes it.
+  Raises UnusableItem where nothing is left to score, or nothing precedes it.
   """
   exact = encode_item(item, tokenizer, start_id)
   n_added = 0 if start_id is None else 1
@@ -61,8 +61,8 @@ def encode_published(item: MonitorItem, tokenizer: Tokenizer, start_id: int | No
     begins = text[n_added:n_added + len(spaced)] == spaced
     start = n_added + (len(spaced) if begins else len(alone))
     if not 0 < start < len(text):
-      raise UserError(f'monitor item {item.item_id!r}: by the published boundary an answer has no '
-                      'token, or no token comes before it')
+      raise UnusableItem(item.item_id, 'by the published boundary an answer has no token, or no '
+                         'token comes before it')
     starts.append(start)
   n_prompt = min(common_length(exact.generalizing, exact.shortcut), *starts)
   return PublishedEncoding(
@@ -76,16 +76,13 @@ class PublishedScorer(Scorer):
   @staticmethod
   def encode(items: Sequence[MonitorItem], tokenizer: Tokenizer, context_length: int,
              start_id: int | None) -> list[PublishedEncoding]:
-    encoded = [encode_published(item, tokenizer, start_id) for item in items]
-    for item, tokens in zip(items, encoded, strict=True):
-      check_length(item, tokens, context_length)
-    return encoded
+    return encode_items(items, tokenizer, context_length, start_id, encode_published)
 
   @staticmethod
-  def reduce(logps_BTR: jax.Array, counts_BT: jax.Array) -> jax.Array:
+  def reduce(logps_BTR: jax.Array, counts_BTR: jax.Array) -> jax.Array:
     """Returns the mean probability [B, R] of the tokens that count."""
-    p_BTR = jnp.where(counts_BT[:, :, None], jnp.exp(logps_BTR), 0.0)
-    return jnp.sum(p_BTR, axis=1) / jnp.maximum(jnp.sum(counts_BT, axis=1)[:, None], 1)
+    p_BTR = jnp.where(counts_BTR, jnp.exp(logps_BTR), 0.0)
+    return jnp.sum(p_BTR, axis=1) / jnp.maximum(jnp.sum(counts_BTR, axis=1), 1)
 
   def score(self, params: Any) -> Probabilities:
     """Returns the mean probabilities under `params`, sharded or not."""

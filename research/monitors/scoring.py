@@ -10,7 +10,8 @@ import numpy as np
 
 from models import axes, transformer
 from research.data.tokenizers import Tokenizer
-from research.monitors.encoding import Bucket, EncodedItem, encode_items, make_buckets
+from research.monitors.buckets import Bucket, make_buckets
+from research.monitors.encoding import EncodedItem, encode_items
 from research.monitors.items import MonitorItem
 
 Constrain = Callable[[jax.Array, tuple[Optional[str], ...]], jax.Array]
@@ -25,14 +26,14 @@ class Scores(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-  """The arrays of one chunk of a bucket that the model needs; see `encoding.Bucket`."""
+  """The arrays of one chunk of a bucket that the model needs; see `buckets.Bucket`."""
 
   prefix_CP: jax.Array
   prefix_lengths_C: jax.Array
   tokens_BS: jax.Array
   places_BT: jax.Array
   targets_BTR: jax.Array
-  counts_BT: jax.Array
+  counts_BTR: jax.Array
 
 
 class Scorer:
@@ -60,17 +61,17 @@ class Scorer:
       start_id: token put before every prompt; None puts none.
       constrain: pins the rows of an array to devices, (array, logical axes) -> array.
 
-    Raises UserError when an item doesn't fit into the context or is ill-formed.
+    Raises UserError listing the items that cannot be scored.
     """
     self.items = tuple(items)
     self.encoded: list[EncodedItem] = self.encode(items, tokenizer, context_length, start_id)
     self.buckets: list[Bucket] = make_buckets(
-        items, self.encoded, context_length=context_length, batch_rows=batch_rows,
+        self.encoded, context_length=context_length, batch_rows=batch_rows,
         row_multiple=row_multiple)
     self.n_tokens = sum(bucket.n_tokens for bucket in self.buckets)
     self._chunks = [
         _Chunk(bucket.prefix_ZCP, bucket.prefix_lengths_ZC, bucket.tokens_ZBS, bucket.places_ZBT,
-               bucket.targets_ZBTR, bucket.counts_ZBT) for bucket in self.buckets]
+               bucket.targets_ZBTR, bucket.counts_ZBTR) for bucket in self.buckets]
     slots = np.concatenate([bucket.slots_ZBR.ravel() for bucket in self.buckets])
     # where the sum of every slot stands among the flattened outputs of all buckets
     self._order = np.empty(2 * len(self.items), np.int32)
@@ -80,9 +81,9 @@ class Scorer:
   encode = staticmethod(encode_items)
 
   @staticmethod
-  def reduce(logps_BTR: jax.Array, counts_BT: jax.Array) -> jax.Array:
+  def reduce(logps_BTR: jax.Array, counts_BTR: jax.Array) -> jax.Array:
     """Returns what is made of the log-probabilities that count, [B, R]: their sum."""
-    return jnp.sum(jnp.where(counts_BT[:, :, None], logps_BTR, 0.0), axis=1)
+    return jnp.sum(jnp.where(counts_BTR, logps_BTR, 0.0), axis=1)
 
   def score(self, params: Any) -> Scores:
     """Returns the scores under `params` (a nested dict of arrays, sharded or not).
@@ -132,4 +133,4 @@ def _chunk_sums(model: transformer.Transformer, constrain: Constrain, reduce: Re
   logits_BTV = model.logits(hidden_BTD)
   target_logits_BTR = jnp.take_along_axis(logits_BTV, chunk.targets_BTR, axis=-1)
   logps_BTR = target_logits_BTR - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
-  return reduce(logps_BTR, chunk.counts_BT)
+  return reduce(logps_BTR, chunk.counts_BTR)

@@ -7,37 +7,50 @@ from research.build import Build
 from research.config import ExperimentConfig
 from research.data.tokenizers import Tokenizer
 from research.monitors import published, table
-from research.monitors.items import ITEM_SUFFIXES, MonitorItem, check_items, read_items
+from research.monitors.encoding import encode_item
+from research.monitors.items import ITEM_SUFFIXES, MonitorItem, check_items, sound_items
 from research.monitors.microworld_items import microworld_items
-from research.monitors.published_score import PublishedScorer
+from research.monitors.published_score import PublishedScorer, encode_published
 from research.monitors.scoring import Scorer, Scores
 from research.monitors.small.suite import fitting_suite
+from research.monitors.suite import Suite, described, scorable, settled, write_left_out
 from research.monitors.suspects import Suspects
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader, cast
 from research.training.divisions import replicas
 
 
+def read_suite(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None) -> Suite:
+  """Returns what monitors.suite names, without the items that the model cannot score.
+
+  These are said, and the scored set too. Raises UserError if the file is bad, if the small suite is
+  too long for the context, and one that lists all items that cannot be scored where
+  monitors.bad_items refuses them.
+  """
+  name, encode = config.monitors.suite, encode_item
+  if name == 'none':
+    return Suite([], [], [])
+  if name == 'microworld':
+    suite = Suite(microworld_items(config.data.microworld, config.data.sequence_length), [], [])
+  elif name == 'small':
+    suite = Suite(fitting_suite(config.monitors.small, tokenizer, config.model.context_length,
+                                start_id), [], [])
+  elif pathlib.Path(name).suffix in ITEM_SUFFIXES:
+    suite = Suite(*sound_items(name), [])
+  else:
+    suite, encode = published.read(name), encode_published
+  suite = settled(scorable(suite, tokenizer, config.model.context_length, start_id, encode),
+                  config.monitors.bad_items)
+  check_items(suite.items)
+  if suite.left_out or encode is encode_published:
+    print(*described(suite), sep='\n', flush=True)
+  return suite
+
+
 def suite_items(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None
                 ) -> list[MonitorItem]:
-  """Returns the items that monitors.suite names; raises UserError if the file is bad or an item of
-  the small suite does not fit into the context.
-
-  Of the published suite those that the model can score; what is left out is printed.
-  """
-  if config.monitors.suite == 'none':
-    return []
-  if config.monitors.suite == 'microworld':
-    return microworld_items(config.data.microworld, config.data.sequence_length)
-  if config.monitors.suite == 'small':
-    return fitting_suite(config.monitors.small, tokenizer, config.model.context_length, start_id)
-  if pathlib.Path(config.monitors.suite).suffix in ITEM_SUFFIXES:
-    return read_items(config.monitors.suite)
-  suite = published.scorable(published.read(config.monitors.suite), tokenizer,
-                             config.model.context_length, start_id)
-  print(*published.described(suite), sep='\n', flush=True)
-  check_items(suite.items)
-  return suite.items
+  """Returns the items of `read_suite`."""
+  return read_suite(config, tokenizer, start_id).items
 
 
 def make_scorer(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None, built: Build,
@@ -65,14 +78,14 @@ def score_snapshot(scorer: Scorer, built: Build, stored: Any) -> Scores:
 class Watch:
   """Scores every snapshot while training runs, and counts suspected hops."""
 
-  def __init__(self, config: ExperimentConfig, items: list[MonitorItem], tokenizer: Tokenizer,
+  def __init__(self, config: ExperimentConfig, suite: Suite, tokenizer: Tokenizer,
                start_id: int | None, built: Build, run_dir: RunDir, kept: int):
     """Loads what was scored up to step `kept` and removes what was scored after it.
 
     Where the items are not those of the scores on disk, the old monitors are moved aside and the
     stored snapshots are scored again with the new items.
     """
-    self.items = items
+    items = self.items = suite.items
     self._built, self._folder = built, run_dir.monitor_scores
     self._suspects = Suspects()
     for step in table.score_steps(self._folder):
@@ -89,6 +102,7 @@ class Watch:
       print(f'the monitor items have changed: earlier scores are kept in {aside}', flush=True)
       run_dir.monitors.rename(aside)
     table.write_item_table(run_dir.monitor_items, items, self._scorer.encoded)
+    write_left_out(suite, run_dir.monitors_left_out)
     scored = set(table.score_steps(self._folder))
     reader = SnapshotReader(run_dir.snapshots)
     # Snapshots after `kept` are still on the disk here, and will be made and scored again.

@@ -20,9 +20,8 @@ from research.data.batches import Source, batches, make_source
 from research.errors import Stopped, UserError
 from research.evals.compression import COMPRESSORS
 from research.evals.heldout_text import score_heldout_text
-from research.monitors.encoding import encode_items
-from research.monitors.items import MonitorItem
-from research.monitors.watch import Watch, suite_items
+from research.monitors.suite import Suite
+from research.monitors.watch import Watch, read_suite
 from research.reports.report import build_report
 from research.run_dir import CACHE, RunDir, write_whole
 from research.training import manifest as manifest_lib
@@ -44,7 +43,7 @@ class _Inputs(NamedTuple):
 
   source: Source
   trained_on: Source
-  items: list[MonitorItem]
+  suite: Suite
   numerics: dict[str, Any]
   parent: dict[str, Any] | None
 
@@ -58,12 +57,10 @@ def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.
   _check_vocabulary(config, source.tokenizer)
   if _has_heldout_text(config):
     source.heldout_documents()
-  items = suite_items(config, source.tokenizer, source.start_id)
-  if items:
-    encode_items(items, source.tokenizer, config.model.context_length, source.start_id)
+  suite = read_suite(config, source.tokenizer, source.start_id)
   # A run that exists already knows its parent, which may be gone by now.
   begun = RunDir(run_dir.whole).manifest_json.exists()
-  return _Inputs(source, span.data(source), items, numerics,
+  return _Inputs(source, span.data(source), suite, numerics,
                  None if begun else span.parent(config, source.tokenizer))
 
 
@@ -132,7 +129,7 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
                 Window(first, built.local_rows(), built.owned_rows()))
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
-  watch = Watch(config, inputs.items, source.tokenizer, source.start_id, built, run_dir, kept)
+  watch = Watch(config, inputs.suite, source.tokenizer, source.start_id, built, run_dir, kept)
   observation = Observation(config, run_dir, span, built, source, recorder, snapshots, watch,
                             checkpoints, chain, kept)
   watchdog.at('start', first)

@@ -262,6 +262,19 @@ def test_repeating_the_command_loses_no_scores_and_sees_what_changed(series, tmp
   assert open_trajectory(run_dir.path).scores()['step'].to_pylist()[-1] == 900
 
 
+def test_items_that_cannot_be_scored_are_listed_before_weights_are_read(series, tmp_path):
+  rows = [json.loads(line) for line in (series.parent / 'items.jsonl').read_text().splitlines()]
+  rows[3]['prompt'], rows[7]['shortcut'] = '', rows[7]['generalizing']
+  (tmp_path / 'items.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  with pytest.raises(UserError) as refused:
+    monitoring.monitor_series(PublicTrajectory(str(series)), RunDir(tmp_path / 'run'),
+                              [('monitors.suite', str(tmp_path / 'items.jsonl'))])
+  lines = str(refused.value).splitlines()
+  assert lines[0] == '2 of 24 monitor items cannot be scored:'
+  assert lines[1] == '  prompt is empty: i3' and lines[2].endswith('must differ: i7')
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.slow
 def test_one_command_monitors_the_series(series, tmp_path):
   suite = f'--config.monitors.suite={series.parent / "items.jsonl"}'

@@ -26,6 +26,7 @@ from experiments.benchmarks import (
     modehop_step,
     rounds,
     run_cost,
+    scoring_contenders,
     shapes,
 )
 from experiments.benchmarks.estimates import estimate
@@ -218,6 +219,7 @@ def test_turns_time_every_step_of_those_that_can():
     ('decode', ['--contenders=vllm'], '--contenders=vllm is not one of modehop, recompute, torch'),
     ('decode', ['--contenders='], '--contenders is empty; name at least one of modehop'),
     ('decode', ['--tokens=0'], 'tokens'),
+    ('scoring', ['--contenders=vllm'], '--contenders=vllm is not one of modehop, one, lm_eval'),
     ('grouped_matmul', ['--contenders=triton'], '--contenders=triton is not one of blocks'),
     ('compile_attention_gpu', ['--contenders=cudnn'], '--contenders=cudnn is not one of flash_gpu'),
     ('compile_attention_gpu', ['--features=window+mask'], '--features=mask is not one of window')])
@@ -230,7 +232,7 @@ def test_bad_flags_are_refused_in_a_sentence(module, arguments, says):
 
 @pytest.mark.parametrize('module, flag', [
     ('train_step', '--rounds'), ('run_cost', '--rounds'), ('attention', '--rounds'),
-    ('decode', '--rounds'), ('compile_attention_gpu', '--features'),
+    ('decode', '--rounds'), ('scoring', '--batch_rows'), ('compile_attention_gpu', '--features'),
     ('compile_attention', '--cases'), ('tune_attention', '--blocks'),
     ('step_schedules', '--precision'), ('grouped_matmul', '--experts'), ('kill_storm', '--kills')])
 def test_help_teaches(module, flag):
@@ -238,6 +240,24 @@ def test_help_teaches(module, flag):
   assert ended.returncode == 0
   assert f'python -m experiments.benchmarks.{module}' in ended.stdout
   assert flag in ended.stdout
+
+
+def test_items_are_scored_alike_and_a_harness_that_nobody_named_is_lacked(monkeypatch):
+  shape = dataclasses.replace(SHAPE, length=scoring_contenders.LENGTH, vocab_size=1024)
+  task = scoring_contenders.Task(shape, n_items=8, n_answer=2, batch_rows=16, batch=1, folder='')
+  prompts = [len(prompt) for prompt, _ in scoring_contenders.texts_of(task, is_shared=False)]
+  assert min(prompts) >= 128 and max(prompts) <= 512 and len(set(prompts)) > 4
+  ours, alone = scoring_contenders._modehop(task), scoring_contenders._one(task)
+  assert list(ours) == list(alone) == ['shared', 'own']
+  facts = {name: {suite: run() for suite, run in runs.items()}
+           for name, runs in (('modehop', ours), ('one', alone))}
+  assert facts['one']['own'].shape == (8, 2) and facts['one']['own'].std() > 0.1
+  scoring_contenders.check(facts)
+  facts['one']['own'] += 0.01
+  with pytest.raises(UserError, match='own: one is .* from modehop'):
+    scoring_contenders.check(facts)
+  monkeypatch.delenv(scoring_contenders.PYTHON, raising=False)
+  assert scoring_contenders.PYTHON in scoring_contenders.start('lm_eval', task).reason
 
 
 def test_only_an_absent_pytorch_is_a_reason_to_skip():

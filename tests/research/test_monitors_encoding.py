@@ -1,5 +1,6 @@
 """Exact answer boundaries and padding. Witness: the decoded text and plain string arithmetic."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -9,7 +10,8 @@ from research.data import tokenizers
 from research.data.microworld import MicroworldConfig
 from research.data.microworld.words import WORDS
 from research.errors import UserError
-from research.monitors.encoding import encode_item, encode_items, make_buckets
+from research.monitors.buckets import make_buckets
+from research.monitors.encoding import encode_item, encode_items
 from research.monitors.items import MonitorItem
 from research.monitors.microworld_items import microworld_items
 
@@ -51,7 +53,7 @@ def test_scored_spans_complete_the_texts(tokenizer, prompt, good, short):
 def test_a_token_across_the_boundary_belongs_to_both_answers():
   clean = encode_item(item('the answer is', ' good', ' bad'), BPE)
   across = encode_item(item('the answer is ', 'good', 'bad'), BPE)
-  assert not clean.straddles and clean.is_single
+  assert not clean.straddles and clean.in_one_row
   assert across.straddles
   # the same text in the end, so the same tokens are scored
   assert (across.generalizing, across.shortcut, across.n_prompt) == (
@@ -74,8 +76,14 @@ def test_start_token_and_refusals():
     encode_item(item(' ', 'good', 'bad'), BPE)
   with pytest.raises(UserError, match='an answer adds no token'):
     encode_item(item('the soup', ' ', ' was'), WORD)
-  with pytest.raises(UserError, match="'item 0' needs 4 tokens of context; .*=3"):
-    encode_items([item('abcd', 'e', 'f')], BYTES, context_length=3)
+  with pytest.raises(UserError, match='both answers are the same tokens'):
+    encode_item(item('the soup', ' was', ' was '), WORD)
+  with pytest.raises(UserError) as refused:
+    encode_items([item('abcd', 'e', 'f'), item('ab', 'e', 'f', i=1), item('abc', 'e', 'ff', i=2)],
+                 BYTES, context_length=3)
+  assert str(refused.value).splitlines()[:2] == [
+      '2 of 3 monitor items cannot be scored:',
+      '  prompt and answer are longer than model.context_length=3: item 0, item 2']
 
 
 def sums_in(buckets, encoded):
@@ -87,16 +95,16 @@ def sums_in(buckets, encoded):
       for row in range(B):
         c = row // (B // C)
         prefix = b.prefix_ZCP[z, c, :b.prefix_lengths_ZC[z, c]].tolist()
-        places = b.places_ZBT[z, row][b.counts_ZBT[z, row]]
         for r, slot in enumerate(b.slots_ZBR[z, row]):
+          counts = b.counts_ZBTR[z, row, :, r]
           if slot >= 0:
             assert slot not in found
-            targets = b.targets_ZBTR[z, row, :len(places), r]
+            places, targets = b.places_ZBT[z, row, counts], b.targets_ZBTR[z, row, counts, r]
             read = [(tuple(prefix + b.tokens_ZBS[z, row, :p + 1].tolist()), int(t))
                     for p, t in zip(places, targets)]
             found[slot] = read
           else:
-            assert not b.counts_ZBT[z, row].any()
+            assert not counts.any()
   return found
 
 
@@ -112,7 +120,7 @@ def assert_buckets_score_everything(buckets, encoded):
 def test_buckets_hold_every_answer_in_its_own_context(batch_rows, row_multiple):
   items = microworld_items(MicroworldConfig(), 64)
   encoded = encode_items(items, WORD, 64)
-  buckets = make_buckets(items, encoded, context_length=64, batch_rows=batch_rows,
+  buckets = make_buckets(encoded, context_length=64, batch_rows=batch_rows,
                          row_multiple=row_multiple)
   assert_buckets_score_everything(buckets, encoded)
   for b in buckets:
@@ -131,7 +139,7 @@ def test_buckets_of_answers_of_many_lengths():
       for seed in range(4) for i in range(6)]
   for tokenizer in (BYTES, BPE):
     encoded = encode_items(items, tokenizer, 128)
-    buckets = make_buckets(items, encoded, context_length=128, batch_rows=16)
+    buckets = make_buckets(encoded, context_length=128, batch_rows=16)
     assert_buckets_score_everything(buckets, encoded)
     assert any(b.prefix_ZCP.shape[2] for b in buckets)
 
@@ -139,8 +147,8 @@ def test_buckets_of_answers_of_many_lengths():
 def test_the_micro_world_suite_is_cheap():
   items = microworld_items(MicroworldConfig(), 64)
   encoded = encode_items(items, WORD, 64)
-  assert all(e.is_single and not e.straddles for e in encoded)
-  buckets = make_buckets(items, encoded, context_length=64, batch_rows=256)
+  assert all(e.in_one_row and not e.straddles for e in encoded)
+  buckets = make_buckets(encoded, context_length=64, batch_rows=256)
   # a forward token costs a third of a training token: 10k of these are 30k here
   n_tokens = sum(b.n_tokens for b in buckets)
   assert n_tokens <= 30_000
@@ -148,3 +156,72 @@ def test_the_micro_world_suite_is_cheap():
   assert n_tokens < 0.25 * alone
   assert len(buckets) <= 9
   assert np.concatenate([b.slots_ZBR.ravel() for b in buckets]).max() == 2 * len(items) - 1
+
+
+def n_tokens(buckets) -> int:
+  return sum(b.n_tokens for b in buckets)
+
+
+def test_labels_do_not_matter_for_what_is_shared():
+  items = microworld_items(MicroworldConfig(), 64)
+  shuffled = [dataclasses.replace(item, family='f', dataset='d', seed=0, variant='v',
+                                  is_control=False) for item in items]
+  random.Random(0).shuffle(shuffled)
+  counts = [n_tokens(make_buckets(encode_items(suite, WORD, 64), context_length=64, batch_rows=256))
+            for suite in (items, shuffled)]
+  assert counts[0] == counts[1]
+
+
+def test_two_contexts_under_one_label_are_two_prefixes():
+  words = ['red', 'green', 'blue', 'gray']
+  items = [item(f'{context} ' * 20 + f'and number {i}:', *answers, i=10 * c + i)
+           for c, context in enumerate(words) for i, answers in enumerate([
+               (' a', ' bb'), (' ccc', ' d'), ('e', 'f'), (' five', ' four')])]
+  encoded = encode_items(items, BYTES, 256)
+  bucket, = make_buckets(encoded, context_length=256, batch_rows=64)
+  assert_buckets_score_everything([bucket], encoded)
+  assert bucket.prefix_ZCP.shape[:2] == (1, len(words))
+  assert {BYTES.decode(prefix[:4]) for prefix in bucket.prefix_ZCP[0]} == {
+      'blue', 'gray', 'gree', 'red '}
+
+
+def test_answers_share_what_they_can():
+  # one row: an answer of one token, and answers that differ in their last token alone
+  encoded = encode_items([item('why', 'x', 'abc'), item('how', 'abc', 'abd', i=1)], BYTES, 64)
+  buckets = make_buckets(encoded, context_length=64, batch_rows=8)
+  assert_buckets_score_everything(buckets, encoded)
+  assert [b.tokens_ZBS.shape for b in buckets] == [(1, 2, 5)]
+  # two rows behind their prompt
+  prompt = 'a prompt that is long enough to be shared'
+  encoded = encode_items([item(prompt, 'xyz', 'abc')], BYTES, 64)
+  bucket, = make_buckets(encoded, context_length=64, batch_rows=8)
+  assert_buckets_score_everything([bucket], encoded)
+  assert bucket.prefix_lengths_ZC.tolist() == [[len(prompt) - 1]]
+  assert bucket.tokens_ZBS.shape == (1, 2, 3)
+
+
+def test_prompts_that_share_nothing_are_padded_little():
+  rng = random.Random(0)
+  lengths = [rng.randint(128, 512) for _ in range(600)]
+  items = [item(''.join(rng.choices('abcdefgh', k=n)), 'x', 'y', i) for i, n in enumerate(lengths)]
+  encoded = encode_items(items, BYTES, 512)
+  buckets = make_buckets(encoded, context_length=512, batch_rows=32)
+  assert_buckets_score_everything(buckets, encoded)
+  assert len(buckets) <= 13 and n_tokens(buckets) < 1.1 * sum(lengths)
+
+
+def test_every_beginning_may_be_a_prompt():
+  items = [item('a' * i, 'x', 'y', i) for i in range(1, 1100)]
+  encoded = encode_items(items, BYTES, 1100)
+  buckets = make_buckets(encoded, context_length=1100, batch_rows=64)
+  assert set(sums_in(buckets, encoded)) == set(range(2 * len(items)))
+
+
+def test_short_questions_do_not_wait_for_a_long_one():
+  asked = ['?'] * 99 + ['a long question that one item has and the others do not, ' * 3]
+  items = [item(f'the context of all, {i:02d}'[:18] + text + f'{i:02d}:', 'x', 'y', i)
+           for i, text in enumerate(asked)]
+  encoded = encode_items(items, BYTES, 256)
+  buckets = make_buckets(encoded, context_length=256, batch_rows=128)
+  assert_buckets_score_everything(buckets, encoded)
+  assert n_tokens(buckets) < 1500

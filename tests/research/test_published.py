@@ -17,6 +17,8 @@ from research.data import tokenizers
 from research.errors import UserError
 from research.evals import persona
 from research.monitors import published
+from research.monitors.published_score import encode_published
+from research.monitors.suite import described, scorable
 from tests.research import published_folder as made
 from tests.research.hub_server import Hub
 
@@ -86,7 +88,7 @@ def test_bad_test_rows_are_listed_and_change_no_other_prompt(tmp_path):
   # Seed 0 draws first for its own rows, so the good rows before the bad ones keep their prompts.
   assert told([i.prompt for i in of(suite, 'repetitive/letter_counting')]) == PROMPTS[
       'repetitive/letter_counting']
-  lines = list(published.described(suite))
+  lines = list(described(suite))
   assert lines[0].startswith('monitors: 35 of 51 items are scored: flipped/imdb 8, ')
   assert any(line.endswith("both answers are '1': " + ', '.join(
       f'repetitive/letter_counting/{seed}/4' for seed in range(4))) for line in lines)
@@ -107,7 +109,7 @@ def test_what_a_model_cannot_score_is_listed(tmp_path):
   long = {item.item_id for item in suite.items
           if len((item.prompt + item.generalizing).encode()) - 1 > 96
           or len((item.prompt + item.shortcut).encode()) - 1 > 96}
-  kept = published.scorable(suite, BYTES, 96, None)
+  kept = scorable(suite, BYTES, 96, None, encode_published)
   assert {out.item_id for out in kept.left_out} == long and 0 < len(long) < len(suite.items)
   assert {item.item_id for item in kept.items} == {i.item_id for i in suite.items} - long
   assert {out.reason for out in kept.left_out} == {
@@ -116,7 +118,8 @@ def test_what_a_model_cannot_score_is_listed(tmp_path):
   words.backend.normalizer = hf.normalizers.Replace('~', '')  # nothing is left of such an answer
   rows = {'intuitive_answer/crt': [made.ask('3 + 4 =', '7', '8'), made.ask('soup', '7', '8'),
                                    made.ask('3 + 4 =', '7', '~')]}
-  odd = published.scorable(published.read(str(made.write(tmp_path / 'odd', rows))), words, 96, None)
+  odd = scorable(published.read(str(made.write(tmp_path / 'odd', rows))), words, 96, None,
+                 encode_published)
   assert [item.item_id for item in odd.items] == ['intuitive/crt/0/0']
   (unknown, unknown_why), nothing = odd.left_out
   assert unknown == 'intuitive/crt/0/1' and 'cannot be tokenized' in unknown_why

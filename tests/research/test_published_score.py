@@ -136,7 +136,8 @@ def run(tmp_path_factory, quick_compilation) -> RunDir:
   run_dir, rows = RunDir(root / 'run'), made.files()
   made.write(root / 'suite', {name: rows[name] for name in WATCHED})
   train(short_config(**{'monitors.suite': str(root / 'suite'), 'n_steps': '2',
-                        'checkpoints.every': '2', 'checkpoints.snapshot_every': '2'}), run_dir)
+                        'monitors.bad_items': 'leave_out', 'checkpoints.every': '2',
+                        'checkpoints.snapshot_every': '2'}), run_dir)
   return run_dir
 
 
@@ -145,6 +146,11 @@ def test_a_run_keeps_both_scores_of_a_folder(run):
   # Flipped prompts are longer than the context of 64 words.
   assert len(items_scored) == 14
   assert {item.family for item in items_scored} == {'repetitive', 'intuitive'}
+  left_out = [json.loads(line) for line in run.monitors_left_out.read_text().splitlines()]
+  assert {out['reason'] for out in left_out} == {
+      'prompt and answer are longer than model.context_length=64'}
+  assert [out['item_id'] for out in left_out] == [
+      f'flipped/imdb/{seed}/{i}' for seed in range(4) for i in range(2)]
   for step in (0, 2):
     name = table.scores_name(step)
     found, rows = compare_stored(items_scored, run.monitor_scores / name,

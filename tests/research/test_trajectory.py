@@ -233,6 +233,13 @@ def test_from_training_over_an_average_to_training_again(tmp_path):
                                 open_trajectory(mean).leaf(6, 'embedding.tokens'))
   assert open_trajectory(run).scores().num_rows == 4 * len(set(
       open_trajectory(run).scores()['item_id'].to_pylist()))
+  for step in (2, 6):  # as where scoring was interrupted
+    (tmp_path / f'run/monitors/scores/step-{step:08d}.parquet').unlink()
+  again = launch('score', f'--run_dir={run}')
+  assert again.returncode == 0, again.stderr
+  assert [line.split(',')[0] for line in again.stdout.splitlines() if line.startswith('step ')] == [
+      'step 2: scored', 'step 6: scored', 'step 0: same bits as in training',
+      'step 4: same bits as in training']
   refused = launch('pretrain', f'--run_dir={tmp_path}/x', f'--config.start.run_dir={mean}',
                    '--config.start.optimizer=true', *settings)
   assert refused.returncode == 2 and 'has no optimizer state' in refused.stderr
