@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import axes, transformer
+from models import transformer
 from research.build import Build
 from research.errors import UserError
+from research.monitors.scoring import behind_prefixes
 from research.training.divisions import replicas
 
 Tokens = tuple[int, ...]
@@ -235,17 +236,11 @@ def _scored(graphdef: nnx.GraphDef, constrain: Callable, params: Any, chunk: Chu
             ) -> tuple[jax.Array, jax.Array]:
   """Returns log-probabilities [B], and whether every token of a row is the likeliest, [B]."""
   model = transformer.apply(graphdef, params)
-  tokens_BS = constrain(chunk.tokens_BS, (axes.BATCH, axes.LENGTH))
-  if chunk.prefix_CP.shape[1]:
-    prefix_CP = constrain(chunk.prefix_CP, (axes.BATCH, axes.LENGTH))
-    _, kv = model.read(prefix_CP, chunk.prefix_lengths_C)
-    hidden_BSD = model.with_prefix(tokens_BS, kv, chunk.prefix_lengths_C)
-  else:
-    hidden_BSD, _ = model(tokens_BS)
-  logits_BSV = model.logits(hidden_BSD)
+  logits_BSV = model.logits(behind_prefixes(
+      model, constrain, chunk.prefix_CP, chunk.prefix_lengths_C, chunk.tokens_BS))
   chosen_BS1 = jnp.take_along_axis(logits_BSV, chunk.targets_BS[:, :, None], axis=-1)
   logps_BS = chosen_BS1[:, :, 0] - jax.nn.logsumexp(logits_BSV, axis=-1)
-  counts_BS = np.arange(tokens_BS.shape[1]) < chunk.lengths_B[:, None]
+  counts_BS = np.arange(chunk.tokens_BS.shape[1]) < chunk.lengths_B[:, None]
   greedy_BS = jnp.argmax(logits_BSV, axis=-1) == chunk.targets_BS
   return (constrain(jnp.sum(jnp.where(counts_BS, logps_BS, 0.0), axis=1), (None,)),
           constrain(jnp.all(greedy_BS | ~counts_BS, axis=1), (None,)))

@@ -116,19 +116,25 @@ def _scorer(graphdef: nnx.GraphDef, constrain: Constrain, reduce: Reduce) -> Cal
   return score
 
 
+def behind_prefixes(model: transformer.Transformer, constrain: Constrain, prefix_CP: jax.Array,
+                    prefix_lengths_C: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+  """Returns hidden states [B, S, D] of rows behind C prefixes, each read once (P may be 0)."""
+  tokens_BS = constrain(tokens_BS, (axes.BATCH, axes.LENGTH))
+  if not prefix_CP.shape[1]:
+    return model(tokens_BS)[0]
+  prefix_CP = constrain(prefix_CP, (axes.BATCH, axes.LENGTH))
+  _, kv = model.read(prefix_CP, prefix_lengths_C)
+  return model.with_prefix(tokens_BS, kv, prefix_lengths_C)
+
+
 def _chunk_sums(model: transformer.Transformer, constrain: Constrain, reduce: Reduce,
                 chunk: _Chunk) -> jax.Array:
   """Returns the reduced (summed) log-probabilities [B, R] of one chunk.
 
   Hidden states are gathered where answers are read before they meet the vocabulary.
   """
-  tokens_BS = constrain(chunk.tokens_BS, (axes.BATCH, axes.LENGTH))
-  if chunk.prefix_CP.shape[1]:
-    prefix_CP = constrain(chunk.prefix_CP, (axes.BATCH, axes.LENGTH))
-    _, kv = model.read(prefix_CP, chunk.prefix_lengths_C)
-    hidden_BSD = model.with_prefix(tokens_BS, kv, chunk.prefix_lengths_C)
-  else:
-    hidden_BSD, _ = model(tokens_BS)
+  hidden_BSD = behind_prefixes(model, constrain, chunk.prefix_CP, chunk.prefix_lengths_C,
+                               chunk.tokens_BS)
   hidden_BTD = jnp.take_along_axis(hidden_BSD, chunk.places_BT[:, :, None], axis=1)
   logits_BTV = model.logits(hidden_BTD)
   target_logits_BTR = jnp.take_along_axis(logits_BTV, chunk.targets_BTR, axis=-1)
