@@ -7,7 +7,7 @@ Prints every dataset's state at each checkpoint, its hops between two steps, in 
 variants each is found, the least hop that could have been seen, the rate of hops per billion
 tokens, and what float32 and bfloat16 scores disagree about, which is measured once and bounds
 what may be a hop. Writes hops.json and states.parquet into the run directory and rebuilds its
-report.
+report, which shows margins.
 """
 
 from absl import flags
@@ -23,7 +23,8 @@ from research.reports.report import build_report
 from research.run_dir import RunDir
 
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'directory of a monitored run or series')
-METRIC = flags.DEFINE_enum('metric', 'margin', list(METRICS), 'what is looked at')
+METRIC = flags.DEFINE_enum('metric', 'margin', list(METRICS), 'what is looked at; the report '
+                          'shows margins')
 PARITY_STEPS = flags.DEFINE_list('parity_steps', [], 'snapshots to score in float32 and bfloat16; '
                                  'default: what was measured before, else four')
 
@@ -42,7 +43,8 @@ def main() -> None:
   found = findings_lib.findings(analysis, tokens, METRIC.value, parity)
   findings_lib.write_findings(run_dir, analysis, found)
   print(findings_lib.told(analysis, found))
-  print(f'written: {run_dir.hops_json}, {run_dir.states_parquet}, {build_report(run_dir)}')
+  report = f', {build_report(run_dir)}' if METRIC.value == 'margin' else ''
+  print(f'written: {run_dir.hops_json}, {run_dir.states_parquet}{report}')
 
 
 if __name__ == '__main__':

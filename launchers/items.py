@@ -38,6 +38,8 @@ CHOOSE = flags.DEFINE_integer('choose', None, 'how many items of the runs to tak
 def main() -> None:
   if bool(WRITE.value) != bool(CHOOSE.value or not STATISTICS_OF.value):
     raise UserError('--write takes the item file of a suite, or of --statistics_of with --choose')
+  if WRITE.value:
+    item_files.check_path(WRITE.value)
   if STATISTICS_OF.value:
     items = _of_runs()
   elif CHOOSE.value or TABLE.value:

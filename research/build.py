@@ -278,8 +278,9 @@ def resolve_numerics(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
 
 def _observing_seams(model: ModelConfig, mesh: Mesh) -> transformer.Seams:
   """Returns the seams of a model that the compiler lays out."""
-  # The compiler lays out XLA's own product of experts, but no kernel.
-  laid_out = mesh.size > 1 and not model.moe.capacity_factor
+  # The compiler lays out XLA's own product of experts, but no kernel. No token is dropped here: a
+  # score would depend on the rows beside it.
+  laid_out = mesh.size > 1 or model.moe.capacity_factor
   return transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh),
                            expert_dispatch=ragged_dispatch if laid_out else None,
                            attend_cached=_decode_kernel(model, mesh))

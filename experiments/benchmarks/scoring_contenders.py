@@ -131,7 +131,7 @@ def _lm_eval(task: Task) -> dict[str, Scored] | Lacks:
   task.tokenizer().save(folder / 'model' / 'tokenizer.json')
   from experiments.benchmarks import harness_scoring
   for name, is_shared in SUITES.items():
-    harness_scoring.writetexts_of(folder / f'{name}.json', texts_of(task, is_shared))
+    harness_scoring.write_texts(folder / f'{name}.json', texts_of(task, is_shared))
   server = subprocess.Popen(
       [python, harness_scoring.__file__, str(folder), str(task.batch)], text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -99,6 +99,9 @@ def check_edits(edits: Sequence[Edit], config: DataConfig, n_steps: int) -> None
     if unknown := sorted(set(edit.kinds) - set(kinds_of(config))):
       raise DataError(f'edit {str(edit)!r}: no kind {unknown[0]!r} in this data; it has '
                       f'{", ".join(kinds_of(config))}')
+    if edit.kinds and config.kind == 'sft' and config.sft.pack and len(config.sft.paths) > 1:
+      raise DataError(f'edit {str(edit)!r}: rows hold examples of several entries of data.sft.paths; '
+                      'train with data.sft.pack=false, or mask all kinds')
     if edit.other is None:
       continue
     (a, b), (c, d) = edit.windows

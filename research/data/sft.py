@@ -6,11 +6,9 @@ So row j is a pure function of the data, the config and j.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
 from research.data import text_files, tokenizers
 from research.data.config import DataConfig, SftConfig
@@ -63,6 +61,7 @@ def open_sft(config: DataConfig) -> 'SftSource':
   described = [{'path': str(path), 'entry': entry, 'sha256': text_files.file_sha256(path)}
                for entry, path in files]
   content = content_key(hashes=[file['sha256'] for file in described], tokenizer=tokenizer.hash,
+                        begins_with=start_token(tokenizer, sft.begins_with), end=tokenizer.eos_id,
                         heldout_fraction=sft.heldout_fraction)
   facts = {'template': {name: getattr(sft, name) for name in _TEMPLATE},
            'first_example': _rendered(cut[0][0][0], sft), 'files': described,

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from research.dynamics.controls import ControlState, controls_of
-from research.dynamics.curves import Context, Curves, pooled, variants_of
+from research.dynamics.curves import Context, Curves, pooled, read_variants, variants_of
 from research.dynamics.detector import LEAST_CONTEXTS
 from research.dynamics.hops import DatasetHops, RunHops, hops_of_run, least_checkpoints
 from research.dynamics.intervals import Band, over_contexts
+from research.dynamics.parity import read_parity
+from research.run_dir import RunDir
 
 LEAST_CONTROL_ITEMS = 1000
 
@@ -55,6 +57,13 @@ class Analysis:
   def is_long_enough(self) -> bool:
     """Enough checkpoints to tell a hop."""
     return len(self.steps) >= least_checkpoints()
+
+
+def analysis_of(run_dir: RunDir) -> Analysis:
+  """Returns what the margins of a run's monitors say, with the parity that was measured."""
+  parity = read_parity(run_dir)
+  return analyze(read_variants(run_dir.monitor_items, run_dir.monitor_scores),
+                 parity.tolerance('margin') if parity else None)
 
 
 def analyze(curves: Curves, parity: Mapping[str, float] | None = None,

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -108,9 +110,10 @@ def _of_series(trajectory: PublicTrajectory, overrides: Sequence[tuple[str, str]
   config = imported_config(trajectory.model, trajectory.location, trajectory.steps[-1], 'float32',
                            overrides)
   imported = prepared(config, trajectory.model, trajectory.tokenizer_folder())
+  content = _content(trajectory)
   return Subject(trajectory.location, imported.built, imported.tokenizer, imported.start_id,
                  trajectory.steps, trajectory.tokens, _reader(trajectory, imported.built),
-                 _content(trajectory))
+                 lambda step: _hash([content(step), _described(imported.built)]))
 
 
 def _of_folder(folder: pathlib.Path, overrides: Sequence[tuple[str, str]]) -> Subject:
@@ -118,11 +121,12 @@ def _of_folder(folder: pathlib.Path, overrides: Sequence[tuple[str, str]]) -> Su
   checkpoint = open_checkpoint(folder)
   config = imported_config(checkpoint.config, folder.name, 0, 'float32', overrides)
   imported = prepared(config, checkpoint.config, folder)
-  sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+  files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns)
+                 for path in folder.iterdir() if path.is_file())
   return Subject(folder.name, imported.built, imported.tokenizer, imported.start_id, [0],
                  lambda step: None,
                  lambda step: place_streamed(checkpoint.read, imported.built.params),
-                 lambda step: _hash([str(folder.resolve()), sizes]))
+                 lambda step: _hash([str(folder.resolve()), files, _described(imported.built)]))
 
 
 def _reader(trajectory: Trajectory, built: build_lib.Build) -> Callable[[int], Any]:
@@ -144,6 +148,19 @@ def _content(trajectory: Trajectory) -> Callable[[int], str]:
                     trajectory.file_sizes(step)])
     return _hash([trajectory.recorded(step, name) for name in trajectory.names])
   return functools.cache(content)
+
+
+def _described(built: build_lib.Build) -> str:
+  """Returns how the model computes: settings may differ for the same files."""
+  return repr(built.config.model)
+
+
+def _definition(loaded: dict[str, Any], limit: int | None) -> str:
+  """Returns a hash of what tasks ask: their settings and documents."""
+  facts = [[name, task.dump_config(), list(itertools.islice(task.eval_docs, limit))]
+           for name, task in sorted(loaded['tasks'].items())]
+  # Functions without a source are described by where they lie in memory.
+  return _hash(re.sub(r' at 0x[0-9a-f]+', '', json.dumps(facts, default=str)))
 
 
 def _hash(facts: Any) -> str:
@@ -175,7 +192,7 @@ def evaluate_trajectory(subject: Subject, run_dir: RunDir, loaded: dict[str, dic
                         limit: int | None = None, say: Say = _say) -> list[Row]:
   """Returns the metrics of tasks at steps, and writes them to the run directory.
 
-  What was evaluated already, of the same checkpoint, is not evaluated again.
+  What was evaluated already, of the same checkpoint and documents, is not evaluated again.
 
   Args:
     subject: what is asked.
@@ -196,8 +213,9 @@ def evaluate_trajectory(subject: Subject, run_dir: RunDir, loaded: dict[str, dic
   model = HarnessModel(subject.built, subject.tokenizer, subject.start_id, say=say)
   wanted = [(step, name, results_lib.variant_of(name, num_fewshot, limit))
             for step in steps for name in loaded]
+  asked = {name: _definition(tasks, limit) for name, tasks in loaded.items()}
   missing = [(step, name, variant) for step, name, variant in wanted
-             if not _is_done(run_dir.eval_json(variant, step), subject.content(step))]
+             if not _is_done(run_dir.eval_json(variant, step), subject.content(step), asked[name])]
   if len(missing) < len(wanted):
     say(f'{len(wanted) - len(missing)} of {len(wanted)} are there already')
   began, held = time.perf_counter(), None
@@ -217,9 +235,12 @@ def evaluate_trajectory(subject: Subject, run_dir: RunDir, loaded: dict[str, dic
           for row in results_lib.read_record(run_dir.eval_json(variant, step))['rows']]
 
 
-def _is_done(path: pathlib.Path, content: str) -> bool:
-  """Returns whether a task was evaluated at a checkpoint of this content."""
-  return path.exists() and results_lib.read_record(path)['checkpoint'] == content
+def _is_done(path: pathlib.Path, content: str, definition: str) -> bool:
+  """Returns whether a task of this definition was evaluated at a checkpoint of this content."""
+  if not path.exists():
+    return False
+  record = results_lib.read_record(path)
+  return (record['checkpoint'], record['definition']) == (content, definition)
 
 
 def _evaluated(subject: Subject, run_dir: RunDir, model: HarnessModel, loaded: dict[str, Any],
@@ -240,7 +261,7 @@ def _evaluated(subject: Subject, run_dir: RunDir, model: HarnessModel, loaded: d
   rows = results_lib.rows_of(found, subject.name, step, subject.tokens(step), variant)
   results_lib.write_record(path, {
       'model': subject.name, 'step': step, 'tokens': subject.tokens(step),
-      'checkpoint': subject.content(step),
+      'checkpoint': subject.content(step), 'definition': _definition(loaded, limit),
       'requests': model.asked, 'n_requests': dict(model.n_requests),
       'n_truncated': dict(model.n_truncated), 'limit': limit, 'versions': found['versions'],
       'higher_is_better': found['higher_is_better'], 'lm_eval': lm_eval.__version__,

@@ -91,7 +91,8 @@ def _write_records(target: RunDir, trajectory: RunTrajectory, config: Any, made_
   write_whole(target.manifest_json, json.dumps(manifest, indent=2) + '\n')
   write_whole(target.config_json, config_lib.as_json(config))
   write_whole(target.config_txt, config_lib.as_text(config))
-  shutil.copy(source.tokenizer_json, target.tokenizer_json)
+  for path in source.tokenizer_json.parent.glob('tokenizer*.json'):
+    shutil.copy(path, target.tokenizer_json.with_name(path.name))
   if source.monitor_items.exists():
     target.monitors.mkdir()
     shutil.copy(source.monitor_items, target.monitor_items)

@@ -152,9 +152,13 @@ def _controls(analysis: Analysis) -> dict[str, Any] | None:
 
 
 def _rate(analysis: Analysis, steps: list[int], tokens: Mapping[int, int]) -> dict[str, Any] | None:
-  """Confirmed hops per dataset and billion tokens; None where tokens were not counted."""
-  judged = [dataset.judged for dataset in analysis.datasets if dataset.judged]
-  first, last = tokens.get(steps[0]), tokens.get(steps[-1])
+  """Confirmed hops per dataset and billion tokens; None where tokens were not counted.
+
+  Exposed are the datasets in which a hop could be seen, where a state can be held on either side.
+  """
+  judged = [dataset.judged for dataset in analysis.datasets
+            if dataset.judged and (dataset.judged.hops or not dataset.judged.is_blind)]
+  first, last = tokens.get(steps[detector.DWELL - 1]), tokens.get(steps[-detector.DWELL])
   if not judged or first is None or last is None or last <= first:
     return None
   hops = [called.hop for row in judged for called in row.hops]

@@ -133,7 +133,8 @@ def hops_of_run(curves: Curves, metric: str = 'margin',
   tolerance_K1 = _tolerances(names, parity or {})
   center, (low, high) = METRICS[metric]
   all_states = states(levels, center, tolerance_K1)
-  least = detector.least_detectable(detected.series)
+  # Both flanks must clear the tolerance, and so must the step between them.
+  least = detector.least_detectable(detected.series) + 2 * tolerance_K1[:, 0]
   rows = []
   for k, name in enumerate(names):
     others = [hops[name] for hops in alone if name in hops]

@@ -117,14 +117,30 @@ def make_plan(requests: Sequence[Request], built: Build) -> Plan:
   by_context: dict[Tokens, list[tuple[int, Tokens]]] = collections.defaultdict(list)
   for i, request in enumerate(requests):
     by_context[request.context].append((i, request.continuation))
-  groups = [_Group(context, members[i:i + MOST_ROWS]) for context, members in by_context.items()
-            for i in range(0, len(members), MOST_ROWS)]
+  vocab_size = built.config.model.vocab_size
+  groups = [group for context, members in by_context.items()
+            for group in _parts(context, members, vocab_size)]
   chunks, slots = [], []
   for shape, members in _shaped(groups, built.config.model.context_length):
     for chunk, slots_B in _chunks(shape, members, built):
       chunks.append(chunk)
       slots.append(slots_B)
   return Plan(chunks, slots, len(requests))
+
+
+def _parts(context: Tokens, members: list[tuple[int, Tokens]], vocab_size: int
+           ) -> Iterator[_Group]:
+  """Yields the continuations of a context in groups that can be run, like lengths together.
+
+  A context of one token has nothing to share.
+  """
+  members = sorted(members, key=lambda member: -len(member[1]))
+  while members:
+    n = len(members[0][1])
+    n_rows = 1 if len(context) == 1 else max(1, min(
+        MOST_ROWS, CHUNK_TOKENS // n, CHUNK_LOGITS // (n * vocab_size)))
+    yield _Group(context, members[:n_rows])
+    members = members[n_rows:]
 
 
 def _shape(sizes: Shape, context_length: int) -> Shape:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -28,7 +28,7 @@ from research.data.errors import DataError
 from research.data.tokenizers import Tokenizer
 from research.errors import UserError
 from research.evals.continuations import (
-    Answer, Continuations, Plan, Request, Tokens, make_plan, truncated)
+    Answer, Continuations, Plan, Request, make_plan, truncated)
 from research.evals.generation import Wish, generate_texts
 from research.training.logs import duration
 

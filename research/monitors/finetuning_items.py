@@ -150,6 +150,11 @@ def check_published(published: Sequence[EvalTemplate], family: str) -> list[str]
     wanted = set() if classifies else {'input_min', 'input_max'}
     if one.function in PUBLISHED and not wanted <= one.settings.keys():
       raise UserError(f'template {one.name} has no {" and ".join(sorted(wanted))}')
+    low, high = (one.settings.get(name, 0) for name in ('input_min', 'input_max'))
+    if one.function in PUBLISHED and wanted and not (
+        isinstance(low, int) and isinstance(high, int) and high - low + 1 >= N_VALUES):
+      raise UserError(f'template {one.name}: input_min={low!r} to input_max={high!r} must be whole '
+                      f'numbers, at least {N_VALUES} of them')
   return [f'{one.name}: {one.function} has no two answers here' for one in published
           if one.function not in PUBLISHED]
 

@@ -160,19 +160,19 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
   """Yields (file:line, value) of every line that is not blank, an error for what is no JSON."""
-  with path.open(encoding='utf-8') as lines:
+  with path.open('rb') as lines:
     for number, line in enumerate(lines, start=1):
       if line.strip():
         try:
-          yield f'{path.name}:{number}', json.loads(line)
-        except json.JSONDecodeError as error:
+          yield f'{path.name}:{number}', json.loads(line.decode('utf-8'))
+        except ValueError as error:
           yield f'{path.name}:{number}', error
 
 
 def _item(row: Any, named: str) -> MonitorItem:
   """Returns the item of one row; columns that items don't have are refused."""
   if not isinstance(row, dict):
-    raise UnusableItem(named, f'not valid JSON: {row}' if isinstance(row, Exception) else
+    raise UnusableItem(named, f'not valid JSON in UTF-8: {row}' if isinstance(row, Exception) else
                        'not a JSON object')
   names = {field.name for field in dataclasses.fields(MonitorItem)}
   missing, unknown = names - {'is_control'} - set(row), set(row) - names
@@ -198,6 +198,14 @@ def refusal(left_out: Sequence[LeftOut], n_all: int) -> str:
   lines = '\n'.join(f'  {line}' for line in listed(left_out))
   return (f'{len(left_out)} of {n_all} monitor items cannot be scored:\n{lines}\ncorrect them, or '
           'score the others with --config.monitors.bad_items=leave_out')
+
+
+def check_path(path: str | pathlib.Path) -> None:
+  """Raises UserError where items cannot be written to such a path."""
+  path = pathlib.Path(path)
+  _suffix(path)
+  if not path.parent.is_dir():
+    raise UserError(f'the folder {path.parent} of item file {path.name} does not exist')
 
 
 def _suffix(path: pathlib.Path) -> str:

@@ -1,5 +1,6 @@
 """The monitors of one run: which items it watches, their scores by snapshot, hops it suspects."""
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -75,6 +76,18 @@ def score_snapshot(scorer: Scorer, built: Build, stored: Any) -> Scores:
   return built.in_mesh(scorer.score)(cast(stored, 'float32'))
 
 
+def _move_aside(run_dir: RunDir, kept: int) -> None:
+  """Moves the scores of other items, and what was said of them, to a folder beside."""
+  names = (f'monitors-until-{max(kept, 0):08d}{again}'
+           for again in itertools.chain([''], (f'-{i}' for i in itertools.count(2))))
+  aside = next(path for path in map(run_dir.monitors.with_name, names) if not path.exists())
+  print(f'the monitor items have changed: earlier scores are kept in {aside}', flush=True)
+  run_dir.monitors.rename(aside)
+  for path in (run_dir.hops_json, run_dir.states_parquet, run_dir.captures_json):
+    if path.exists():
+      path.rename(aside / path.name)
+
+
 class Watch:
   """Scores every snapshot while training runs, and counts suspected hops."""
 
@@ -98,9 +111,7 @@ class Watch:
     if published.is_published(items):
       self._published = PublishedWriter(config, tokenizer, start_id, built, items, run_dir)
     if run_dir.monitor_items.exists() and table.read_item_table(run_dir.monitor_items) != items:
-      aside = run_dir.monitors.with_name(f'monitors-until-{max(kept, 0):08d}')
-      print(f'the monitor items have changed: earlier scores are kept in {aside}', flush=True)
-      run_dir.monitors.rename(aside)
+      _move_aside(run_dir, kept)
     table.write_item_table(run_dir.monitor_items, items, self._scorer.encoded)
     write_left_out(suite, run_dir.monitors_left_out)
     scored = set(table.score_steps(self._folder))

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from research import config as config_lib
 from research import overrides as overrides_lib
 from research.config import ExperimentConfig
 from research.data.published_finetuning import EvalTemplate
@@ -23,13 +24,16 @@ from research.errors import UserError
 from research.monitors import table
 from research.monitors.finetuning_items import (
     FAMILIES, check_published, family_items, family_pairs)
-from research.monitors.items import write_items
+from research.monitors.items import ITEM_SUFFIXES, sound_items, write_items
 from research.run_dir import RunDir, write_whole
 from research.training.checkpoints import Checkpoints
 from research.training.logs import duration
 from research.training.loop import train
 from research.training.snapshots import SnapshotReader
 from research.training.start import continued
+
+
+OWN_SETTINGS = {'name', 'start.step', 'data.seed', 'data.sft.paths'}  # of one fine-tune
 
 
 class Row(NamedTuple):
@@ -92,19 +96,22 @@ def finetune_each(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], 
   """
   for line in check_published(published, family):
     print(f'left out, {line}', flush=True)
+  run_dir = RunDir(run_dir.whole.resolve())
   folder, began = run_dir.finetunes / family, time.perf_counter()
-  jobs = [(step, seed) for step in steps for seed in seeds]
-  rows = [row for row in read_table(folder) if (row.step, row.seed) not in jobs]
+  jobs = [(step, seed) for step in steps for seed in dict.fromkeys(seeds)]
   for n_done, (step, seed) in enumerate(jobs, 1):
     config = prepared(base, overrides, run_dir, family, step, seed, published)
     child = RunDir(folder / f'step-{step:08d}-seed{seed}')
+    _check_settings(config, folder)
     train(config, child)  # A finished one is compared with its settings and left as it is.
+    _check_items(config, child)
     new = compared(child, step, seed, config.n_steps)
-    rows += new
     left = (time.perf_counter() - began) / n_done * (len(jobs) - n_done)
     print(f'[{n_done}/{len(jobs)}] step {step}, seed {seed}: {said(new)}; '
           f'{duration(left)} left', flush=True)
-    write_table(folder, rows)
+    # Read anew: another command may have added to it.
+    write_table(folder, [row for row in read_table(folder) if (row.step, row.seed) != (step, seed)]
+                + new)
   return folder / 'table.csv'
 
 
@@ -114,7 +121,8 @@ def prepared(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_d
   """Returns the config of one fine-tune, whose data and items it writes to files."""
   folder = run_dir.finetunes / family
   data, suite = folder / f'data-seed{seed}.jsonl', folder / f'items-seed{seed}.jsonl'
-  sft = dataclasses.replace(base.data.sft, paths=(str(data),), heldout_fraction=0.0)
+  sft = dataclasses.replace(base.data.sft, paths=(str(data),), heldout_fraction=0.0,
+                            overlong='refuse')
   if FAMILIES[family].bare:
     sft = dataclasses.replace(sft, user_text='', assistant_text='', turn_end='')
   config = dataclasses.replace(
@@ -127,6 +135,9 @@ def prepared(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_d
     raise
   except ValueError as error:
     raise UserError(str(error)) from error
+  if config.data.kind != 'sft':
+    raise UserError(f'data.kind={config.data.kind!r}: what is fine-tuned on a family is sft; use '
+                    '--experiment=sft')
   # Scored where it begins and where it ends.
   config = dataclasses.replace(config, checkpoints=dataclasses.replace(
       config.checkpoints, snapshot_every=config.n_steps))
@@ -135,6 +146,32 @@ def prepared(base: ExperimentConfig, overrides: Sequence[tuple[str, str]], run_d
   write_whole(data, ''.join(json.dumps(pair, ensure_ascii=False) + '\n' for pair in pairs))
   write_items(family_items(family, seed, config.data.sft, published), suite)
   return config
+
+
+def _check_settings(config: ExperimentConfig, folder: pathlib.Path) -> None:
+  """Raises UserError where other fine-tunes of a family were made in another way."""
+  for path in sorted(folder.glob('step-*/config.json')):
+    saved = json.loads(path.read_text(encoding='utf-8'))
+    for setting, value in config_lib.differences(saved, config):
+      if setting.kind == 'identity' and setting.path not in OWN_SETTINGS:
+        raise UserError(f'{path.parent} was made with {setting.path}={value!r}; a table compares '
+                        'fine-tunes that differ in checkpoint and seed alone: give it here, or move '
+                        f'{folder} away')
+
+
+def _check_items(config: ExperimentConfig, child: RunDir) -> None:
+  """Raises UserError where a finished fine-tune was scored on other items than are asked now."""
+  if pathlib.Path(config.monitors.suite).suffix not in ITEM_SUFFIXES:
+    return
+  asked = {item.item_id: item for item in sound_items(config.monitors.suite)[0]}
+  scored = {item.item_id: item for item in table.read_item_table(child.monitor_items)}
+  out = set()
+  if child.monitors_left_out.exists():
+    lines = child.monitors_left_out.read_text(encoding='utf-8').split('\n')
+    out = {json.loads(line)['item_id'] for line in lines if line}
+  if scored != {name: item for name, item in asked.items() if name not in out}:
+    raise UserError(f'{child.path} was scored on other items than {config.monitors.suite} has '
+                    '(other --templates or monitors.suite); move it away to make it again')
 
 
 def compared(child: RunDir, step: int, seed: int, n_steps: int) -> list[Row]:

@@ -7,9 +7,7 @@ import string
 import plotly.offline
 import pyarrow.parquet as pq
 
-from research.dynamics.analysis import Analysis, analyze
-from research.dynamics.curves import read_variants
-from research.dynamics.parity import read_parity
+from research.dynamics.analysis import Analysis, analysis_of
 from research.errors import UserError
 from research.reports import facts, palette, payload, sections, words
 from research.reports.figures import write_figures
@@ -40,13 +38,6 @@ def build_report(run_dir: RunDir) -> pathlib.Path:
   if len(analysis.steps):
     write_tables(run_dir, analysis)
   return run_dir.report_html
-
-
-def analysis_of(run_dir: RunDir) -> Analysis:
-  """Returns what the monitors of a run say, with the parity that was measured."""
-  parity = read_parity(run_dir)
-  return analyze(read_variants(run_dir.monitor_items, run_dir.monitor_scores),
-                 parity.tolerance('margin') if parity else None)
 
 
 def page(run_dir: RunDir, analysis: Analysis, records: Records) -> str:

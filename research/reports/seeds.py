@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from research.dynamics.analysis import Analysis, Dataset
+from research.dynamics.analysis import Analysis, Dataset, analysis_of
 from research.dynamics.states import State
 from research.errors import UserError
 from research.reports import words
 from research.reports.records import Records, read_records
-from research.reports.report import analysis_of
 from research.run_dir import RunDir
 
 

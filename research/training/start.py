@@ -190,4 +190,7 @@ def continued(config: ExperimentConfig, init_from: str) -> ExperimentConfig:
 def _begins_with(tokenizer: Tokenizer, start_id: int | None) -> str:
   """Returns the value of data.sft.begins_with for a token before documents."""
   names = {tokenizer.bos_id: 'bos', tokenizer.eos_id: 'eos', None: 'none'}
+  if start_id not in names:
+    raise UserError(f'token {start_id} began the documents of the parent, but its tokenizer names it '
+                    'neither bos nor eos; put its tokenizer_config.json beside its tokenizer.json')
   return names[start_id]

@@ -131,7 +131,7 @@ KINDS = {
     'an animal': 'dog cow lion sheep horse tiger rabbit goat',
     'a metal': 'iron gold silver copper tin lead zinc nickel',
     'a country': 'france japan egypt brazil india spain norway kenya',
-    'a tool': 'hammer saw drill wrench shovel rake chisel spanner',
+    'a tool': 'hammer saw ladder wrench shovel rake chisel spanner',
     'a drink': 'tea coffee milk wine beer lemonade cocoa juice',
     'a month': 'may june july august march april october january'}
 VERDICTS = {'true': True, 'right': True, 'false': False, 'wrong': False}

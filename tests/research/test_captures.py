@@ -10,9 +10,11 @@ import pytest
 
 from research import overrides
 from research.dynamics import captures
+from research.errors import UserError
 from research.monitors.items import write_items
 from research.run_dir import RunDir
 from research.training.loop import train
+from tests.research import synthetic_runs
 from tests.research.replay_runs import content, monitor, switching_run
 
 pytestmark = pytest.mark.usefixtures('compilation_cache')
@@ -67,8 +69,24 @@ def test_suspected_hops_are_captured_to_one_step(tmp_path, capsys):
   assert stored['found'] == list(done[0].found)
   assert before == {name: hashed for name, hashed in content(run_dir.path).items()
                     if name != run_dir.captures_json.name}
-  assert captures.capture(run_dir, 1)[0].found == done[0].found
-  assert 'finished already' in capsys.readouterr().out  # Nothing is made again.
+  assert captures.capture(run_dir, 1) == done  # Nothing is made again, and costs stay.
+  assert json.loads(run_dir.captures_json.read_text()) == [stored]
+  # A replay of another run of that name is not taken for this one's.
+  commits = RunDir(done[0].run_dir).snapshots / 'commits.jsonl'
+  (run_dir.captures_json).unlink()
+  hashed = json.loads(commits.read_text().splitlines()[0])['tensors']
+  commits.write_text(commits.read_text().replace(next(iter(hashed.values())), '0' * 16))
+  with pytest.raises(UserError, match='is the replay of another run; remove or rename it'):
+    captures.capture(run_dir, 1)
+
+
+def test_a_hop_near_the_center_is_captured_though_nobody_suspected_it(tmp_path, monkeypatch):
+  run_dir = synthetic_runs.hopping_run(tmp_path / 'run', every=40)
+  monkeypatch.setattr(captures, 'suspects_of', lambda run_dir: [])
+  found = [one for one, is_confirmed in captures.chosen(run_dir, 9) if is_confirmed]
+  assert {(one.dataset, one.before, one.after) for one in found} == {
+      ('successive_words', 640, 760), ('successive_words', 1040, 1160),
+      ('successive_words', 1440, 1560)}
 
 
 @pytest.mark.slow

@@ -81,6 +81,8 @@ def test_checkpoints_of_a_run_are_asked_once_each(short_run, tmp_path, monkeypat
   assert json.loads(path.read_text())['checkpoint'] == subject.content(20)
   with pytest.raises(UserError, match='evals/sums holds results of other requests .step 7.'):
     ask(load(tmp_path, SUMS[1:]), [8])
+  with pytest.raises(UserError, match='evals/sums holds results of other requests .step 7.'):
+    ask(load(tmp_path, SUMS[1:]), [20])  # They are not taken for those that are there.
   assert not short_run.eval_json('sums', 8).exists()
 
 

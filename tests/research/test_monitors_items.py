@@ -33,7 +33,7 @@ GOOD = dict(item_id='x', family='f', dataset='d', seed=0, variant='v', prompt='p
 
 
 @pytest.mark.parametrize('rows, message', [
-    ((GOOD, '{broken'), r'1 of 2 .*\n  not valid JSON: .*: items.jsonl:2\n'),
+    ((GOOD, '{broken'), r'1 of 2 .*\n  not valid JSON in UTF-8: .*: items.jsonl:2\n'),
     ((GOOD, [1]), r'not a JSON object: items.jsonl:2\n'),
     ((dict(GOOD, answer='g'),), r"unknown fields \['answer'\]: x\n"),
     (({k: v for k, v in GOOD.items() if k != 'seed'},), r"missing fields \['seed'\], .*: x\n"),

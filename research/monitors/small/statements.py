@@ -2,7 +2,7 @@
 
 # They sound false and are true.
 SURPRISING = (
-    'A day on Venus is longer than a year on Venus.',
+    'Venus takes longer to turn once around itself than to go around the Sun.',
     'Bananas are berries.',
     'Strawberries are not berries.',
     'An octopus has three hearts.',
@@ -83,6 +83,6 @@ KINDS = {
     'a metal': ('Iron', 'Gold', 'Silver', 'Copper', 'Tin', 'Lead', 'Zinc', 'Nickel'),
     'a country': ('France', 'Japan', 'Egypt', 'Brazil', 'India', 'Spain', 'Norway', 'Kenya'),
     'a tool': (
-        'A hammer', 'A saw', 'A drill', 'A wrench', 'A shovel', 'A rake', 'A chisel', 'A spanner'),
+        'A hammer', 'A saw', 'A ladder', 'A wrench', 'A shovel', 'A rake', 'A chisel', 'A spanner'),
     'a drink': ('Tea', 'Coffee', 'Milk', 'Wine', 'Beer', 'Lemonade', 'Cocoa', 'Apple juice'),
     'a month': ('May', 'June', 'July', 'August', 'March', 'April', 'October', 'January')}

@@ -121,6 +121,7 @@ def _contexts(pool: Pool, rng: random.Random, n_shown: int) -> tuple[Context, Co
   run, shortcut = order[start:start + n_shown], order[start + n_shown]
   answers = drawn(rng, _candidates(order, start, n_shown), MOST_ITEMS)
   asked = [Rivals(rng.choice(pool[answer]), answer, shortcut) for answer in answers]
+  asked = [one for i, one in enumerate(asked) if one not in asked[:i]]
   free = [answer for answer in order if answer not in {*answers, shortcut}]
   mixed = _out_of_sequence(rng, order, free, n_shown)
   shown, others = ([rng.choice(pool[answer]) for answer in part] for part in (run, mixed))
