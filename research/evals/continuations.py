@@ -26,6 +26,7 @@ Tokens = tuple[int, ...]
 CHUNK_TOKENS = 16_384  # run at a time on a replica, at most
 CHUNK_LOGITS = 1 << 28  # made at a time on a replica, at most: 1 GiB in float32
 MOST_ROWS = 64  # continuations of one context that run together
+SIZES = (0, 1, *(size for k in range(1, 40) for size in (2**k, 3 * 2**k // 2)))
 # A shape of its own must spare this many tokens of padding, and this share of all tokens: it takes
 # time to compile, once, and padding takes time at every checkpoint.
 SHAPE_TOKENS, SHAPE_SHARE = 1 << 12, 1 / 512
@@ -94,8 +95,7 @@ class _Group(NamedTuple):
 
 def padded(n: int) -> int:
   """Returns the least of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below n."""
-  sizes = [0, 1, *(size for k in range(1, 40) for size in (2**k, 3 * 2**k // 2))]
-  return sizes[bisect.bisect_left(sizes, n)]
+  return SIZES[bisect.bisect_left(SIZES, n)]
 
 
 def truncated(request: Request, context_length: int) -> Request:
@@ -136,9 +136,10 @@ def _parts(context: Tokens, members: list[tuple[int, Tokens]], vocab_size: int
   """
   members = sorted(members, key=lambda member: -len(member[1]))
   while members:
-    n = len(members[0][1])
-    n_rows = 1 if len(context) == 1 else max(1, min(
+    n = padded(len(members[0][1]))
+    most = 1 if len(context) == 1 else max(1, min(
         MOST_ROWS, CHUNK_TOKENS // n, CHUNK_LOGITS // (n * vocab_size)))
+    n_rows = SIZES[bisect.bisect_right(SIZES, most) - 1]
     yield _Group(context, members[:n_rows])
     members = members[n_rows:]
 
@@ -182,9 +183,11 @@ def _padding(a: Shape, n_a: int, b: Shape, n_b: int) -> int:
 def _may_join(a: Shape, b: Shape, context_length: int) -> bool:
   """Returns whether two shapes can be run as one.
 
-  A context of one token has nothing to be read first: it must not meet those that have.
+  A context of one token has nothing to be read first: it must not meet those that have. Nor must
+  many short rows meet a long one, where all would be too many tokens.
   """
-  return (max(a.prefix, b.prefix) + max(a.length, b.length) <= context_length
+  n_tokens = [shape.rows * shape.length for shape in (a, b, Shape(*map(max, a, b)))]
+  return (n_tokens[2] <= max(CHUNK_TOKENS, *n_tokens[:2]) and max(a.prefix, b.prefix) + max(a.length, b.length) <= context_length
           and (a.prefix == 0) == (b.prefix == 0))
 
 

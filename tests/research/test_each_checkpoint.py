@@ -8,6 +8,7 @@ import pytest
 
 from experiments import sft
 from research.errors import UserError
+from research.monitors.items import read_items, write_items
 from research.posttraining.each_checkpoint import chosen_steps, finetune_each
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader
@@ -17,8 +18,9 @@ OVERRIDES = [('n_steps', '3'), ('mesh.data', '1'), ('data.batch_size', '4'), ('e
              ('logging.tensorboard', 'false')]
 
 
-def run(run_dir: RunDir, steps: list[int], seeds: list[int]):
-  return finetune_each(sft.get_config(), OVERRIDES, run_dir, 'functions_microworld', steps, seeds)
+def run(run_dir: RunDir, steps: list[int], seeds: list[int], *more: tuple[str, str]):
+  return finetune_each(sft.get_config(), [*OVERRIDES, *more], run_dir, 'functions_microworld', steps,
+                       seeds)
 
 
 def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run, capsys):
@@ -30,6 +32,14 @@ def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run,
   run(short_run, [10], [0])  # it is there already
   assert first.done.stat().st_mtime_ns == written
   found = pd.read_csv(path)
+  # What was made in another way, or asked other things, is not compared with these.
+  with pytest.raises(UserError, match='step-00000010-seed0 was made with n_steps=3'):
+    run(short_run, [20], [0], ('n_steps', '4'))
+  fewer = path.parent / 'fewer.jsonl'
+  write_items(read_items(path.parent / 'items-seed0.jsonl')[1:], fewer)
+  with pytest.raises(UserError, match='was scored on other items than .*fewer.jsonl'):
+    run(short_run, [10], [0], ('monitors.suite', str(fewer)))
+  pd.testing.assert_frame_equal(found, pd.read_csv(path))
   pd.testing.assert_frame_equal(found, pd.read_parquet(path.with_suffix('.parquet')))
   assert found[['step', 'dataset', 'n_items']].values.tolist() == [
       [step, dataset, n] for step in (10, 15)

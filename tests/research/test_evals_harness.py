@@ -23,7 +23,8 @@ from research.data import tokenizers
 from research.dynamics import benchmarks
 from research.dynamics.public_trajectory import config_of
 from research.errors import UserError
-from research.evals import generation, harness_tasks
+from research.evals import continuations, generation, harness_tasks
+from research.evals.continuations import Request, make_plan
 from research.evals.harness import HarnessModel, evaluated
 from research.run_dir import RunDir
 from tests.research import harness_witness
@@ -214,6 +215,17 @@ def test_greedy_tokens_are_known_as_such():
   pairs = [(('', ''), context, tokens) for tokens in (greedy, other, greedy[:1])]
   found = harness_model()._loglikelihood_tokens(pairs)
   assert [is_greedy for _, is_greedy in found] == [True, False, True]
+
+
+def test_long_continuations_of_one_token_run_few_at_a_time(monkeypatch):
+  """As first windows of rolling texts do: memory is bounded whatever their number."""
+  monkeypatch.setattr(continuations, 'CHUNK_TOKENS', 200)
+  requests = [Request((START,), (1,) * n) for n in [*range(1, 25), *[CONTEXT] * 40]]
+  requests += [Request((START, 1, 2), (3,) * n) for n in [*range(1, 23), *[22] * 40]]
+  plan = make_plan(requests, built(1))
+  assert max(chunk.tokens_BS.size for chunk in plan.chunks) <= 200
+  assert sorted(np.concatenate([slots[slots >= 0] for slots in plan.slots])) == list(
+      range(len(requests)))
 
 
 def test_nothing_is_compiled_again_for_other_parameters():
