@@ -52,7 +52,7 @@ def write_items(path: pathlib.Path) -> None:
   for number in range(24):
     prompt = ' '.join(f'w{i}' for i in rng.integers(0, 60, 6))
     good, short = rng.choice(60, 2, replace=False)
-    rows.append({'item_id': f'i{number}', 'family': 'flipped', 'dataset': f'd{number % 2}',
+    rows.append({'item_id': f'i{number}', 'family': 'flipped', 'dataset': f'd{number % 3}',
                  'seed': number % 4, 'variant': '', 'prompt': prompt, 'generalizing': f' w{good}',
                  'shortcut': f' w{short}', 'is_control': number % 3 == 0})
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
