@@ -16,6 +16,7 @@ from research.dynamics.curves import Curves, of_variant, pooled, variants_of
 from research.dynamics.states import (
     Levels, State, coherence, dwell_times, occupancy, over_contexts, states)
 from research.errors import UserError
+from research.monitors.items import MATCHED
 
 METRICS = {'margin': (0.0, detector.MARGINS), 'accuracy': (0.5, detector.ACCURACIES)}
 
@@ -83,6 +84,20 @@ class RunHops:
   coherence_KK: np.ndarray
 
 
+class _Gates(NamedTuple):
+  """The controls together (None without any), and by name those that one dataset has for itself."""
+
+  pooled: ControlState | None
+  own: Mapping[str, ControlState]
+
+  def of(self, name: str, hop: detector.Hop) -> detector.Hop:
+    """Returns a dataset's hop; not calm where its own control was restless around it."""
+    around = slice(max(0, hop.before - detector.DWELL), hop.after + detector.DWELL + 1)
+    if name in self.own and not self.own[name].inside[around].all():
+      return dataclasses.replace(hop, is_calm=False)
+    return hop
+
+
 class _Detected(NamedTuple):
   """The series, single levels and hops by name of datasets with enough contexts."""
 
@@ -112,7 +127,8 @@ def hops_of_run(curves: Curves, metric: str = 'margin',
                 parity: Mapping[str, float] | None = None) -> RunHops:
   """Returns what every dataset did.
 
-  Controls forbid the hops of other datasets only. Items of controls are pooled.
+  Controls forbid the hops of other datasets only. Items of controls are pooled; a dataset's own
+  control (named as it is, with `MATCHED`) forbids its hops alone.
 
   Args:
     curves: of contexts, or of contexts by prompt variant, along the run.
@@ -124,9 +140,10 @@ def hops_of_run(curves: Curves, metric: str = 'margin',
   """
   check_enough(curves)
   whole = pooled(curves)
-  controls = controls_of(whole)
-  detected = _detected(whole, metric, parity or {}, controls)
-  alone = [_detected(of_variant(curves, number), metric, parity or {}, controls)
+  gates = _Gates(controls_of(whole), {
+      name: own for name in _by_dataset(whole) if (own := controls_of(whole, name + MATCHED))})
+  detected = _detected(whole, metric, parity or {}, gates)
+  alone = [_detected(of_variant(curves, number), metric, parity or {}, gates)
            for number in range(max(map(len, variants_of(curves).values())))]
   alone = [variant.hops for variant in alone if variant is not None]
   names, levels = list(detected.hops), detected.levels
@@ -173,7 +190,7 @@ def _by_dataset(curves: Curves) -> dict[str, list[int]]:
 
 
 def _detected(curves: Curves, metric: str, parity: Mapping[str, float],
-              controls: ControlState | None) -> _Detected | None:
+              gates: _Gates) -> _Detected | None:
   """The detector's view of curves; None where no dataset has enough contexts."""
   center, bounds = METRICS[metric]
   values_TC = curves.margin_TC if metric == 'margin' else curves.accuracy_TC
@@ -191,9 +208,10 @@ def _detected(curves: Curves, metric: str, parity: Mapping[str, float],
                            np.stack([part.noise for part in parts]))
   found = detector.windows(series, center, _tolerances(list(groups), parity))
   is_control = {name: curves.contexts[index[0]].is_control for name, index in groups.items()}
-  gated = detector.find_hops(found, series.mean, curves.steps, controls)
+  gated = detector.find_hops(found, series.mean, curves.steps, gates.pooled)
   free = detector.find_hops(found, series.mean, curves.steps)
-  hops = {name: [hop for hop in (free if is_control[name] else gated) if hop.dataset == k]
+  hops = {name: [hop if is_control[name] else gates.of(name, hop)
+                 for hop in (free if is_control[name] else gated) if hop.dataset == k]
           for k, name in enumerate(groups)}
   return _Detected(series, _stacked(single), is_control, hops)
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from research.errors import UserError
 
 ITEM_SUFFIXES = ('.jsonl', '.parquet')
+MATCHED = '_control'  # ends the name of a dataset's own control: the same asked without a rival rule
 SHOWN = 20  # ids that are printed per reason, and reasons
 
 

@@ -235,6 +235,22 @@ def test_a_hop_is_looked_for_in_every_variant_alone():
   assert not called.hop.is_confirmed and called.n_agreeing == 0
 
 
+def test_a_control_of_its_own_forbids_the_hops_of_its_dataset_alone():
+  """Of many control items those of one dataset fall: too few to be seen among all."""
+  steps = np.arange(60) * 20
+  contexts = [Context(name, False, name, seed, 10) for name in 'ab' for seed in range(6)]
+  contexts += [Context('a', True, 'a_control', seed, 10) for seed in range(6)]
+  contexts += [Context('sums', True, 'sums', seed, 1000) for seed in range(4)]
+  margin_TC = np.where(np.arange(60) < 30, -0.4, 0.4)[:, None] + 0.02 * np.random.default_rng(
+      9).standard_normal((60, len(contexts)))
+  accuracy_TC = np.full(margin_TC.shape, 0.9)
+  accuracy_TC[:30, 12:18] = 0.1
+  rows = {row.name: row for row in hops.hops_of_run(
+      Curves(steps, tuple(contexts), accuracy_TC, margin_TC)).datasets}
+  assert [hop.hop.is_confirmed for hop in rows['a'].hops] == [False]
+  assert [hop.hop.is_confirmed for hop in rows['b'].hops] == [True]
+
+
 def test_what_parity_leaves_open_is_no_hop():
   steps, low_high = np.arange(60) * 20, np.where(np.arange(60) < 30, -0.2, 0.2)
   contexts = tuple(Context(name, False, name, seed, 10) for name in 'ab' for seed in range(6))

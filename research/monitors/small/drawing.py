@@ -4,11 +4,10 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from research.monitors.items import MonitorItem
+from research.monitors.items import MATCHED, MonitorItem
 from research.monitors.small.config import SmallSuiteConfig
 
 SEED = 'small suite 1'  # another one draws another suite
-CONTROL = '_control'
 
 
 class Question(NamedTuple):
@@ -70,7 +69,7 @@ def context_items(config: SmallSuiteConfig, family: str, dataset: str, seed: int
   Contexts go through the wordings in turn, so that any number of them is balanced.
   """
   for context, is_control in ((pattern, False), (control, True)):
-    name = dataset + CONTROL * is_control
+    name = dataset + MATCHED * is_control
     for k in range(config.wordings):
       wording = wordings[(seed + k) % len(wordings)]
       shown = [wording.asked(question) + wording.called(answer)
