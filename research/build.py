@@ -280,9 +280,9 @@ def _observing_seams(model: ModelConfig, mesh: Mesh) -> transformer.Seams:
   """Returns the seams of a model that the compiler lays out."""
   # The compiler lays out XLA's own product of experts, but no kernel. No token is dropped here: a
   # score would depend on the rows beside it.
-  laid_out = mesh.size > 1 or model.moe.capacity_factor
+  needs_ragged = mesh.size > 1 or model.moe.capacity_factor
   return transformer.Seams(constrain=sharding.constrain(mesh), attend=_kernel(model, mesh),
-                           expert_dispatch=ragged_dispatch if laid_out else None,
+                           expert_dispatch=ragged_dispatch if needs_ragged else None,
                            attend_cached=_decode_kernel(model, mesh))
 
 

@@ -1,13 +1,14 @@
 """Measures what dense snapshots cost: 500 of the default model, in storage, files and time.
 
   python -m experiments.benchmarks.dense_snapshots
-  python -m experiments.benchmarks.dense_snapshots --snapshots=50 --every=2 --rounds=1    (a smoke run)
+  python -m experiments.benchmarks.dense_snapshots --snapshots=50 --rounds=1    (a smoke run)
 
 Trains the experiment without monitors, with a snapshot every --every steps and without any, in
 interleaved rounds, each run alone. Prints wall time with minus without between step --skip and the
-last, what of it the run's own clock calls saving and hashing, the bytes and files of the snapshots,
-and how long reading one tensor through time over all of them takes in one call. A full checkpoint is
-written at the end of both, after the window.
+last; steps beside a snapshot against the other steps of the same run, which a machine whose pace
+changes from run to run does not blur; what of it the run's own clock calls saving and hashing; the
+bytes and files of the snapshots; and how long reading one tensor through time over all of them takes
+in one call. A full checkpoint is written at the end of both, after the window.
 """
 
 import json
@@ -20,14 +21,14 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import estimate, machine, table
-from experiments.benchmarks.timing_rows import NEVER, pretrain, window
+from experiments.benchmarks.timing_rows import NEVER, beside_snapshots, pretrain, window
 from research.dynamics.trajectory import open_trajectory
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
 
 EXPERIMENT = flags.DEFINE_string('experiment', 'quickstart', 'a module of experiments/')
 SNAPSHOTS = flags.DEFINE_integer('snapshots', 500, 'snapshots after the first', lower_bound=2)
-EVERY = flags.DEFINE_integer('every', 5, 'steps between them', lower_bound=1)
+EVERY = flags.DEFINE_integer('every', 5, 'steps between them', lower_bound=5)
 SKIP = flags.DEFINE_integer('skip', 0, 'first steps that are not counted; 0: a twentieth')
 ROUNDS = flags.DEFINE_integer('rounds', 3, 'interleaved rounds of two runs', lower_bound=1)
 JSON = flags.DEFINE_string('json', '', 'also write everything measured to this file')
@@ -47,9 +48,10 @@ def run(folder: pathlib.Path, every: int) -> dict[str, float]:
               'checkpoints.every': NEVER, 'checkpoints.snapshot_every': every}
   pretrain(EXPERIMENT.value, run_dir, settings)
   rows = read_rows(run_dir.timings_jsonl)
+  hashing = ('hash_seconds', 'batch_hash_seconds')
+  beside = {'beside': beside_snapshots(rows, every, skipped())} if every else {}
   return {'all': window(rows, skipped()), 'save': window(rows, skipped(), 'save_seconds'),
-          'hash': sum(window(rows, skipped(), phase)
-                      for phase in ('hash_seconds', 'batch_hash_seconds'))}
+          'hash': sum(window(rows, skipped(), phase) for phase in hashing), **beside}
 
 
 def storage(run_dir: RunDir) -> dict[str, Any]:
@@ -77,6 +79,8 @@ def report(rounds: list[dict[str, dict[str, float]]], stored: dict[str, Any]) ->
     return f'{found.median:{unit}} ({found.low:{unit}} to {found.high:{unit}})'
   costs = [
       ['wall time with / without - 1', middle(lambda a, b: a['all'] / b['all'] - 1, '+.1%')],
+      ['steps beside a snapshot / others of the run - 1, over all steps',
+       middle(lambda a, b: a['beside'], '+.1%')],
       ['ms per snapshot', middle(lambda a, b: 1e3 * (a['all'] - b['all']) / n_counted, '+.2f')],
       ["the run's own clock: saving", middle(lambda a, b: a['save'] / b['all'], '.2%')],
       ["the run's own clock: hashing, of snapshots and batches",

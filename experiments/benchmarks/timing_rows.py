@@ -1,5 +1,6 @@
 """Runs of launchers.pretrain, and what their timing rows say about a stretch of steps."""
 
+import statistics
 import subprocess
 import sys
 import time
@@ -41,7 +42,29 @@ def window(rows: list[dict[str, Any]], skip: int, phase: str = '') -> float:
     phase: sum this phase alone.
   """
   rows = [row for row in rows if row['step'] > skip]
-  if phase:
-    return sum(row.get(phase, 0.0) for row in rows)
-  return sum(value for row in rows for name, value in row.items()
+  return sum(row.get(phase, 0.0) if phase else _between(row) for row in rows)
+
+
+def beside_snapshots(rows: list[dict[str, Any]], every: int, skip: int) -> float:
+  """Returns what snapshots add to a run, as a share, by the run alone: what other runs do is out.
+
+  The steps that a snapshot touches are the one that it shows and the two after it, which pay for it
+  and for writing; the others of the same run say what a step takes. All by medians over the run.
+
+  Args:
+    rows: of timings.jsonl, one per step.
+    every: steps between snapshots, at least 5.
+    skip: step whose end begins the window.
+  """
+  by_place: list[list[float]] = [[] for _ in range(every)]
+  for row in rows:
+    if row['step'] > skip:
+      by_place[row['step'] % every].append(_between(row))
+  usual = statistics.median(seconds for place in by_place[3:] for seconds in place)
+  return (sum(statistics.median(place) for place in by_place[:3]) - 3 * usual) / (every * usual)
+
+
+def _between(row: dict[str, Any]) -> float:
+  """Returns the wall seconds between a row and the one before it."""
+  return sum(value for name, value in row.items()
              if name == 'seconds' or (name.endswith('_seconds') and name not in IN_STEP))

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lm_eval
 
@@ -34,6 +34,26 @@ from research.training.streaming import place_streamed
 # Resamples behind errors that have no formula: their own error is 2%.
 BOOTSTRAP_ITERS = 1000
 Say = Callable[[str], None]
+
+
+class _Asked(NamedTuple):
+  """A task as it is asked.
+
+  Attributes:
+    name: of the task or group.
+    loaded: it, from `harness_tasks.load`.
+    limit: documents of each task, at most; None asks all.
+    variant: name of its folder.
+    definition: hash of what it asks.
+  """
+
+  name: str
+  loaded: dict[str, Any]
+  limit: int | None
+  variant: str
+  definition: str
+
+
 _say = functools.partial(print, file=sys.stderr, flush=True)
 
 
@@ -211,28 +231,28 @@ def evaluate_trajectory(subject: Subject, run_dir: RunDir, loaded: dict[str, dic
     raise UserError(f'{run_dir.evals} holds results of {name}, not of {subject.name}; choose '
                     'another --run_dir')
   model = HarnessModel(subject.built, subject.tokenizer, subject.start_id, say=say)
-  wanted = [(step, name, results_lib.variant_of(name, num_fewshot, limit))
-            for step in steps for name in loaded]
-  asked = {name: _definition(tasks, limit) for name, tasks in loaded.items()}
-  missing = [(step, name, variant) for step, name, variant in wanted
-             if not _is_done(run_dir.eval_json(variant, step), subject.content(step), asked[name])]
+  asked = [_Asked(name, tasks, limit, results_lib.variant_of(name, num_fewshot, limit),
+                  _definition(tasks, limit)) for name, tasks in loaded.items()]
+  wanted = [(step, one) for step in steps for one in asked]
+  missing = [(step, one) for step, one in wanted if not _is_done(
+      run_dir.eval_json(one.variant, step), subject.content(step), one.definition)]
   if len(missing) < len(wanted):
     say(f'{len(wanted) - len(missing)} of {len(wanted)} are there already')
   began, held = time.perf_counter(), None
   try:
-    for number, (step, name, variant) in enumerate(missing, 1):
+    for number, (step, one) in enumerate(missing, 1):
       if held != step:
         model.params = None  # The next parameters take the place of the last.
         model.params, held = subject.params(step), step
-      rows = _evaluated(subject, run_dir, model, loaded[name], step, variant, limit, say)
+      rows = _evaluated(subject, run_dir, model, one, step, say)
       left = (time.perf_counter() - began) / number * (len(missing) - number)
-      say(f'[{number}/{len(missing)}] step {step}, {name}: {_short(rows, name)}, '
+      say(f'[{number}/{len(missing)}] step {step}, {one.name}: {_short(rows, one.name)}, '
           f'{duration(left)} left')
   finally:
     if rows := results_lib.all_rows(run_dir):
       results_lib.write_table(run_dir.evals_csv, rows)
-  return [row for step, _, variant in wanted
-          for row in results_lib.read_record(run_dir.eval_json(variant, step))['rows']]
+  return [row for step, one in wanted
+          for row in results_lib.read_record(run_dir.eval_json(one.variant, step))['rows']]
 
 
 def _is_done(path: pathlib.Path, content: str, definition: str) -> bool:
@@ -243,12 +263,13 @@ def _is_done(path: pathlib.Path, content: str, definition: str) -> bool:
   return (record['checkpoint'], record['definition']) == (content, definition)
 
 
-def _evaluated(subject: Subject, run_dir: RunDir, model: HarnessModel, loaded: dict[str, Any],
-               step: int, variant: str, limit: int | None, say: Say) -> list[Row]:
+def _evaluated(subject: Subject, run_dir: RunDir, model: HarnessModel, asked: _Asked, step: int,
+               say: Say) -> list[Row]:
   """Returns the metrics of one task at one checkpoint, and writes them."""
   start = time.perf_counter()
-  found = evaluated(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS)
-  path = run_dir.eval_json(variant, step)
+  found = evaluated(model, asked.loaded, limit=asked.limit,
+                    bootstrap_iters=BOOTSTRAP_ITERS)
+  path = run_dir.eval_json(asked.variant, step)
   others = sorted(set(path.parent.glob('step-*.json')) - {path})
   if others and (record := results_lib.read_record(others[0]))['requests'] != model.asked:
     raise UserError(f'{path.parent} holds results of other requests (step {record["step"]}): the '
@@ -256,14 +277,14 @@ def _evaluated(subject: Subject, run_dir: RunDir, model: HarnessModel, loaded: d
                     'to begin anew')
   n_cut = sum(model.n_truncated.values())
   if n_cut:
-    say(f'{variant}: {n_cut} of {sum(model.n_requests.values())} requests are longer than '
+    say(f'{asked.variant}: {n_cut} of {sum(model.n_requests.values())} requests are longer than '
         f'model.context_length={model.max_length} and were cut from the left')
-  rows = results_lib.rows_of(found, subject.name, step, subject.tokens(step), variant)
+  rows = results_lib.rows_of(found, subject.name, step, subject.tokens(step), asked.variant)
   results_lib.write_record(path, {
       'model': subject.name, 'step': step, 'tokens': subject.tokens(step),
-      'checkpoint': subject.content(step), 'definition': _definition(loaded, limit),
+      'checkpoint': subject.content(step), 'definition': asked.definition,
       'requests': model.asked, 'n_requests': dict(model.n_requests),
-      'n_truncated': dict(model.n_truncated), 'limit': limit, 'versions': found['versions'],
+      'n_truncated': dict(model.n_truncated), 'limit': asked.limit, 'versions': found['versions'],
       'higher_is_better': found['higher_is_better'], 'lm_eval': lm_eval.__version__,
       'bootstrap_iters': BOOTSTRAP_ITERS, 'seconds': time.perf_counter() - start}, rows)
   return rows

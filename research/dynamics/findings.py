@@ -189,7 +189,8 @@ def _told_hop(hop: Mapping[str, Any]) -> str:
   a, b = hop['between_steps']
   seen = '' if None in hop['between_tokens'] else (
       ' ({:,} and {:,} tokens)'.format(*hop['between_tokens']))
-  calm = {None: 'no controls', True: 'controls calm', False: 'controls restless: NOT CONFIRMED'}
+  calm = {None: 'gated by no controls', True: 'controls calm',
+          False: 'controls restless: NOT CONFIRMED'}
   return (f'hop to {hop["towards"]} between steps {a:,} and {b:,}{seen}: {hop["change"]:+.2f}, '
           f'adjusted p {hop["adjusted_p"]:.2g}, {calm[hop["controls_calm"]]}, in '
           f'{hop["found_in_variants"]} of {hop["variants"]} prompt variants')

@@ -28,6 +28,7 @@ from experiments.benchmarks import (
     run_cost,
     scoring_contenders,
     shapes,
+    timing_rows,
 )
 from experiments.benchmarks.estimates import estimate
 from research.errors import UserError
@@ -125,6 +126,15 @@ def test_window_is_the_wall_time_between_two_rows():
       {'step': 3, 'seconds': 3.0, 'save_seconds': 0.25, 'monitor_seconds': 0.5}]
   assert run_cost.window(rows, skip=1) == 5.75
   assert run_cost.window(rows, skip=1, phase='monitor_seconds') == 0.5
+
+
+def test_steps_beside_snapshots_are_held_against_the_others_of_their_run():
+  # Of five steps of 1 s the snapshot's own is shorter by 0.1 and the next one longer by 0.5 + 0.25.
+  own = {0: {'seconds': 0.9}, 1: {'seconds': 1.5, 'save_seconds': 0.25, 'data_seconds': 0.4}}
+  rows = [{'step': step, **own.get(step % 5, {'seconds': 1.0})} for step in range(1, 51)]
+  rows[0]['seconds'] = 99.0  # Compilation, skipped.
+  rows[7]['seconds'] = 30.0  # A pause of the machine.
+  assert timing_rows.beside_snapshots(rows, every=5, skip=5) == pytest.approx(0.65 / 5)
 
 
 def test_cost_is_relative_to_the_run_without():
