@@ -67,7 +67,8 @@ class Hop:
 
   Attributes:
     dataset: its index.
-    before, after: neighboring checkpoints (indices) between which most of it happened.
+    center: checkpoint (index) between its flanks.
+    before, after: neighboring checkpoints between which most of it happened.
     direction: +1 towards the generalizing answer, -1 towards the pattern.
     change: between the means of both flanks.
     adjusted_p: false-discovery rate at which it counts.
@@ -75,6 +76,7 @@ class Hop:
   """
 
   dataset: int
+  center: int
   before: int
   after: int
   direction: int
@@ -176,7 +178,8 @@ def find_hops(found: Windows, mean: np.ndarray, steps: Sequence[int],
     earlier, between, later = mean[dataset, window + DWELL - 1:window + DWELL + 2]
     is_late = abs(between - earlier) < abs(later - between)
     hops.append(Hop(
-        int(dataset), int(window + DWELL - 1 + is_late), int(window + DWELL + is_late),
+        int(dataset), int(window + DWELL), int(window + DWELL - 1 + is_late),
+        int(window + DWELL + is_late),
         int(np.sign(found.change[dataset, window])), float(found.change[dataset, window]),
         float(found.adjusted_p[dataset, window]), calm))
   return hops

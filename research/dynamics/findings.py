@@ -113,6 +113,7 @@ def hop_facts(called: CalledHop, steps: list[int], tokens: Mapping[int, int]) ->
   return {
       'towards': _TOWARDS[hop.direction], 'between_steps': between,
       'between_tokens': [tokens.get(step) for step in between], 'change': round(hop.change, 4),
+      'change_low': round(called.interval[0], 4), 'change_high': round(called.interval[1], 4),
       'adjusted_p': hop.adjusted_p, 'controls_calm': hop.is_calm, 'confirmed': hop.is_confirmed,
       'found_in_variants': called.n_agreeing, 'variants': called.n_variants}
 
@@ -191,7 +192,8 @@ def _told_hop(hop: Mapping[str, Any]) -> str:
       ' ({:,} and {:,} tokens)'.format(*hop['between_tokens']))
   calm = {None: 'gated by no controls', True: 'controls calm',
           False: 'controls restless: NOT CONFIRMED'}
-  return (f'hop to {hop["towards"]} between steps {a:,} and {b:,}{seen}: {hop["change"]:+.2f}, '
+  return (f'hop to {hop["towards"]} between steps {a:,} and {b:,}{seen}: {hop["change"]:+.2f} '
+          f'[{hop["change_low"]:+.2f}, {hop["change_high"]:+.2f}], '
           f'adjusted p {hop["adjusted_p"]:.2g}, {calm[hop["controls_calm"]]}, in '
           f'{hop["found_in_variants"]} of {hop["variants"]} prompt variants')
 

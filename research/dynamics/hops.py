@@ -26,11 +26,13 @@ class CalledHop(NamedTuple):
 
   Attributes:
     hop: as the detector called it; `hop.is_confirmed` unless controls forbid it.
+    interval: 95% interval of `hop.change`, by `change_interval`.
     n_agreeing: prompt variants of the dataset in which it is confirmed.
     n_variants: prompt variants that have enough contexts to say.
   """
 
   hop: detector.Hop
+  interval: tuple[float, float]
   n_agreeing: int
   n_variants: int
 
@@ -146,7 +148,7 @@ def hops_of_run(curves: Curves, metric: str = 'margin',
   alone = [_detected(of_variant(curves, number), metric, parity or {}, gates)
            for number in range(max(map(len, variants_of(curves).values())))]
   alone = [variant.hops for variant in alone if variant is not None]
-  names, levels = list(detected.hops), detected.levels
+  names, levels, by_dataset = list(detected.hops), detected.levels, _by_dataset(whole)
   tolerance_K1 = _tolerances(names, parity or {})
   center, (low, high) = METRICS[metric]
   all_states = states(levels, center, tolerance_K1)
@@ -155,15 +157,34 @@ def hops_of_run(curves: Curves, metric: str = 'margin',
   rows = []
   for k, name in enumerate(names):
     others = [hops[name] for hops in alone if name in hops]
-    called = tuple(CalledHop(hop, agreement(others, hop), len(others))
-                   for hop in detected.hops[name])
+    values_TC, weights_C = _of_contexts(whole, metric, by_dataset[name])
+    called = tuple(CalledHop(hop, change_interval(values_TC, weights_C, hop),
+                             agreement(others, hop), len(others)) for hop in detected.hops[name])
     rows.append(DatasetHops(
         name, detected.is_control[name], Levels(levels.mean[k], levels.error[k],
                                                 float(levels.degrees[k, 0])),
         all_states[k], called, occupancy(all_states[k]), dwell_times(all_states[k], curves.steps),
         float(least[k]), bool(least[k] > high - low), float(tolerance_K1[k, 0])))
-  left_out = tuple(name for name in _by_dataset(whole) if name not in names)
+  left_out = tuple(name for name in by_dataset if name not in names)
   return RunHops(tuple(rows), left_out, coherence(levels.mean.T))
+
+
+def change_interval(values_TC: np.ndarray, weights_C: np.ndarray, hop: detector.Hop
+                    ) -> tuple[float, float]:
+  """Returns the 95% interval of a hop's change between its flanks over demonstration contexts.
+
+  Each context is held against itself; what items and prompt variants add is in its means. What
+  moves all contexts of a checkpoint alike is not in it: that is judged by the hop's p-value.
+
+  Args:
+    values_TC: of the dataset's contexts.
+    weights_C: their shares of the items.
+    hop: of the dataset.
+  """
+  early_C = values_TC[hop.center - detector.DWELL:hop.center].mean(0)
+  late_C = values_TC[hop.center + 1:hop.center + 1 + detector.DWELL].mean(0)
+  low, high = over_contexts(late_C - early_C, weights_C).interval()
+  return float(low), float(high)
 
 
 def agreement(by_variant: Sequence[Sequence[detector.Hop]], hop: detector.Hop) -> int:
@@ -189,20 +210,26 @@ def _by_dataset(curves: Curves) -> dict[str, list[int]]:
   return groups
 
 
+def _of_contexts(curves: Curves, metric: str, index: list[int]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the levels (T, C) of some contexts and their shares (C,) of the items."""
+  values_TC = curves.margin_TC if metric == 'margin' else curves.accuracy_TC
+  n_items = np.array([curves.contexts[i].n_items for i in index], np.float64)
+  return values_TC[:, index], n_items / n_items.sum()
+
+
 def _detected(curves: Curves, metric: str, parity: Mapping[str, float],
               gates: _Gates) -> _Detected | None:
   """The detector's view of curves; None where no dataset has enough contexts."""
   center, bounds = METRICS[metric]
-  values_TC = curves.margin_TC if metric == 'margin' else curves.accuracy_TC
   groups = {name: index for name, index in _by_dataset(curves).items()
             if len(index) >= detector.LEAST_CONTEXTS}
   if not groups:
     return None
   parts, single = [], []
   for index in groups.values():
-    n_items = np.array([curves.contexts[i].n_items for i in index], np.float64)
-    parts.append(detector.series_of_contexts(values_TC[:, index], n_items / n_items.sum(), bounds))
-    single.append(over_contexts(values_TC[:, index], n_items / n_items.sum()))
+    values_TC, weights_C = _of_contexts(curves, metric, index)
+    parts.append(detector.series_of_contexts(values_TC, weights_C, bounds))
+    single.append(over_contexts(values_TC, weights_C))
   series = detector.Series(np.stack([part.mean for part in parts]),
                            _stacked([part.flanks for part in parts]),
                            np.stack([part.noise for part in parts]))

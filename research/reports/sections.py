@@ -155,7 +155,7 @@ def _hops(analysis, records):
           for i, dataset in enumerate(datasets) if dataset.judged for called in dataset.judged.hops]
   text = ('Sudden changes between two confident states, each held on its side. Choose a row to see '
           'it in every chart.')
-  hops = _table(('Dataset', 'Towards', '#Between steps', '#Tokens', '#Change of margin',
+  hops = _table(('Dataset', 'Towards', '#Between steps', '#Tokens', '#Change of margin, 95%',
                  '#Adjusted p', '#Prompt variants', 'Controls', 'Counts as'), ''.join(rows)
                 ) if rows else '<p class="empty">No dataset hopped.</p>'
   states = _table(('Dataset', '#Generalizing', '#Uncertain', '#Pattern', '#Least detectable hop',
@@ -174,7 +174,8 @@ def _hop_row(index, dataset, called, steps, records):
   cells = (
       escape(words.title(dataset.name)), f'<span class="mark-{mark[0]}">{mark[1]}</span>',
       f'#{before:,} to {after:,}', '#–' if tokens is None else f'#{words.short(tokens[0])}',
-      f'#{hop.change:+.2f}', f'#{hop.adjusted_p:.2g}',
+      f'#{hop.change:+.2f} [{called.interval[0]:+.2f}, {called.interval[1]:+.2f}]',
+      f'#{hop.adjusted_p:.2g}',
       f'#{called.n_agreeing} of {called.n_variants}',
       controls[hop.is_calm], role)
   panel = 'panel-controls' if dataset.is_control else f'dataset-{index}'

@@ -32,8 +32,9 @@ def hops_csv(analysis: Analysis) -> str:
       rows.append((
           dataset.name, int(dataset.is_control), 'up' if hop.direction > 0 else 'down',
           int(analysis.steps[hop.before]), int(analysis.steps[hop.after]), f'{hop.change:.4f}',
-          f'{hop.adjusted_p:.3g}', '' if hop.is_calm is None else int(hop.is_calm),
-          int(hop.is_confirmed), called.n_agreeing, called.n_variants))
+          *(f'{bound:.4f}' for bound in called.interval), f'{hop.adjusted_p:.3g}',
+          '' if hop.is_calm is None else int(hop.is_calm), int(hop.is_confirmed),
+          called.n_agreeing, called.n_variants))
   return _csv(_HOP_COLUMNS, rows)
 
 
@@ -42,8 +43,8 @@ _DATASET_COLUMNS = (
     'accuracy', 'accuracy_low', 'accuracy_high', 'accuracy_min', 'accuracy_max', 'margin',
     'generalizing', 'pattern', 'n_hops', 'n_hops_confirmed', 'least_detectable', 'verdict')
 _HOP_COLUMNS = (
-    'dataset', 'is_control', 'direction', 'before_step', 'after_step', 'change', 'adjusted_p',
-    'controls_calm', 'is_confirmed', 'n_variants_found', 'n_variants')
+    'dataset', 'is_control', 'direction', 'before_step', 'after_step', 'change', 'change_low',
+    'change_high', 'adjusted_p', 'controls_calm', 'is_confirmed', 'n_variants_found', 'n_variants')
 
 
 def _dataset_row(dataset: Dataset):

@@ -168,7 +168,7 @@ def test_the_least_detectable_hop_is_found_about_that_often():
 
 
 def test_the_rate_has_the_exact_interval_of_a_poisson_count():
-  hop = detector.Hop(0, 1, 2, 1, 0.4, 0.01, True)
+  hop = detector.Hop(0, 1, 1, 2, 1, 0.4, 0.01, True)
   forbidden = dataclasses.replace(hop, is_calm=False)
   rate, low, high = detector.hop_rate([hop] * 4 + [forbidden], 2, 5 * 10**8)
   assert rate == 4
@@ -201,9 +201,14 @@ def test_a_run_is_told_by_dataset():
   found = hops.hops_of_run(Curves(steps, contexts, np.full((60, 13), 0.9), margin_TC))
   assert found.left_out == ('alone',)
   hopping, plain = found.datasets
-  ((hop, n_agreeing, n_variants),) = hopping.hops
+  ((hop, interval, n_agreeing, n_variants),) = hopping.hops
   assert hop.is_confirmed and steps[hop.after] in (580, 600, 620) and not plain.hops
   assert (n_agreeing, n_variants) == (1, 1)
+  # The first six columns, six checkpoints on either side of the middle one: SciPy's paired t.
+  around = margin_TC[hop.center - 6:hop.center + 7, :6]
+  paired = stats.ttest_rel(around[7:].mean(0), around[:6].mean(0)).confidence_interval()
+  np.testing.assert_allclose(interval, (paired.low, paired.high), rtol=1e-12)
+  assert interval[0] < hop.change < interval[1]
   assert plain.occupancy[State.GENERALIZING] == 1
   assert len(hopping.dwell_times[State.PATTERN]) == 1
   assert found.coherence_KK.shape == (2, 2)

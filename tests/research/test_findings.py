@@ -44,8 +44,8 @@ def test_hops_are_told_with_their_brackets(said, run_dir):
   lines = said.splitlines()
   told = [line for line in lines if line.startswith('  hop to')]
   assert len(told) == 3
-  assert ('hop to generalizing between steps 680 and 720 (2,088,960 and 2,211,840 tokens): +1.28'
-          in told[0]) and 'controls calm, in 1 of 1 prompt variants' in told[0]
+  assert ('hop to generalizing between steps 680 and 720 (2,088,960 and 2,211,840 tokens): +1.28 '
+          '[+1.2' in told[0]) and 'controls calm, in 1 of 1 prompt variants' in told[0]
   assert 'hop to pattern between steps 1,080 and 1,120' in told[1]
   at = lines.index('successive_words (400 items, 4 contexts, 1 variants)')
   assert lines[at + 1] == '  ' + '-' * 17 + '+' * 10 + '-' * 10 + '+' * 13

@@ -142,6 +142,7 @@ def test_tables_and_figures_lie_beside_the_page(hopping):
   hops = pd.read_csv(run_dir.figures / 'hops.csv')
   assert list(hops.direction) == ['up', 'down', 'up']
   np.testing.assert_allclose(hops.change.abs(), 1.6 * 0.8, atol=0.02)
+  assert (hops.change_low <= hops.change).all() and (hops.change <= hops.change_high).all()
   for name in ('datasets', 'controls', 'loss'):
     png = (run_dir.figures / f'{name}.png').read_bytes()
     assert png[:8] == b'\x89PNG\r\n\x1a\n' and len(png) > 5000
