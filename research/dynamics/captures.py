@@ -2,9 +2,10 @@
 
 The interval between two neighboring snapshots is made again from the nearest full checkpoint in a
 directory of its own, with a snapshot of every step, and bisected. A budget limits how many: hops
-that the detector confirms come first, then what `Suspects.ranked` puts first. A capture begins less
-than checkpoints.every steps before its interval or is not made: the full checkpoints of what is
-suspected stay (`Suspects.needed`), those of a hop that only the detector sees may be gone.
+that the detector confirms come first, then what it cannot judge, as `Suspects.ranked` has it; a
+change that it could judge and does not confirm is none. A capture begins less than
+checkpoints.every steps before its interval or is not made: full checkpoints of what is suspected
+stay (`Suspects.needed`), that of a hop which only the detector sees may be gone.
 """
 
 import dataclasses
@@ -16,13 +17,13 @@ import jax
 import numpy as np
 
 from research.config import ExperimentConfig
-from research.dynamics.analysis import Dataset, analysis_of
+from research.dynamics.analysis import Analysis, Dataset, analysis_of
 from research.dynamics.bisect import above, bisect
 from research.dynamics.hops import CalledHop
 from research.dynamics.original import Original, open_original
 from research.errors import UserError
 from research.monitors import table
-from research.monitors.suspects import Suspect, Suspects
+from research.monitors.suspects import DWELL, Suspect, Suspects
 from research.run_dir import RunDir, write_whole
 from research.training.logs import duration
 from research.training.snapshots import SnapshotReader
@@ -50,7 +51,7 @@ class Capture:
 
   def told(self, every: int) -> str:
     """Returns it in words; `every` is the interval between full checkpoints."""
-    kind = 'a hop' if self.is_confirmed else 'suspected, no hop'
+    kind = 'a hop' if self.is_confirmed else 'suspected, beyond what the detector can tell'
     more = self.n_replayed - every
     bound = f'no more than checkpoints.every={every:,}'
     if more > 0:
@@ -80,7 +81,7 @@ def suspects_of(run_dir: RunDir) -> list[Suspect]:
 
 
 def chosen(run_dir: RunDir) -> list[tuple[Suspect, bool]]:
-  """Returns all suspects and whether each is a confirmed hop, in the order of their captures."""
+  """Returns what may be captured and whether each is a confirmed hop, the first of all first."""
   analysis, suspects = analysis_of(run_dir), suspects_of(run_dir)
   judged: dict[Suspect, bool] = dict.fromkeys(suspects, False)
   for dataset in analysis.datasets:
@@ -90,7 +91,16 @@ def chosen(run_dir: RunDir) -> list[tuple[Suspect, bool]]:
       seen = [one for one in suspects if one.dataset == dataset.name
               and one.before < analysis.steps[last] and analysis.steps[first] < one.after]
       judged |= dict.fromkeys(seen or [_unsuspected(dataset, called, analysis.steps)], True)
-  return sorted(judged.items(), key=lambda pair: not pair[1])
+  open_ones = [(one, is_hop) for one, is_hop in judged.items()
+               if is_hop or not _is_refuted(one, analysis)]
+  return sorted(open_ones, key=lambda pair: not pair[1])
+
+
+def _is_refuted(suspect: Suspect, analysis: Analysis) -> bool:
+  """Returns whether the detector could have called a suspect that it does not call."""
+  row = next(row for row in analysis.datasets if row.name == suspect.dataset).judged
+  n_after = np.count_nonzero(analysis.steps >= suspect.after)
+  return row is not None and not row.is_blind and n_after >= DWELL
 
 
 def _unsuspected(dataset: Dataset, called: CalledHop, steps: np.ndarray) -> Suspect:
@@ -107,9 +117,9 @@ def capture(run_dir: RunDir, budget: int, overrides: Sequence[tuple[str, str]] =
             ) -> list[Capture]:
   """Brackets suspected hops of a finished run, prints and stores what was found.
 
-  Repeating it makes nothing again, and what was captured before stays. What would take more than an
-  interval between full checkpoints is left out and said. In several processes nothing is made, as a
-  replay takes one; the checkpoints stay for it.
+  Repeating it makes nothing again, and what was captured before stays. What would take more than
+  an interval between full checkpoints is left out and said. In several processes nothing is made,
+  as a replay takes one; the checkpoints stay for it.
 
   Args:
     run_dir: of the run, which only gains captures.json.
@@ -162,8 +172,8 @@ def _left_out(original: Original, gone: Sequence[tuple[Suspect, bool, int]]) -> 
           for one, is_confirmed, start in gone if is_confirmed]
   n_suspected = sum(not is_confirmed for _, is_confirmed, _ in gone)
   if n_suspected:
-    said.append(f'not captured: {n_suspected} suspected, no hop, for want of a full checkpoint '
-                'near them; --config.checkpoints.keep=0 keeps all')
+    said.append(f'not captured: {n_suspected} that the detector cannot judge, for want of a full '
+                'checkpoint near them; --config.checkpoints.keep=0 keeps all')
   return said
 
 

@@ -61,9 +61,10 @@ class _Course:
 
   def may_be_hop(self, crossing: int) -> bool:
     """Returns whether both signs beside a crossing were held, the newer one perhaps still is."""
-    ends = [0, *(n for _, _, n in self.crossings), self.n_seen]
-    before, after = ends[crossing + 1] - ends[crossing], ends[crossing + 2] - ends[crossing + 1]
-    return before >= DWELL and (after >= DWELL or crossing == len(self.crossings) - 1)
+    n_before = self.crossings[crossing][2]
+    before = n_before - (self.crossings[crossing - 1][2] if crossing else 0)
+    is_newest = crossing == len(self.crossings) - 1
+    return before >= DWELL and (is_newest or self.crossings[crossing + 1][2] - n_before >= DWELL)
 
   @property
   def open_since(self) -> int | None:

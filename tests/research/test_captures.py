@@ -143,10 +143,23 @@ def test_what_would_take_too_long_is_left_out_and_said(tmp_path, capsys):
       'than checkpoints.every=600 steps before it was kept; from the state of step 0 it takes 720 '
       f'steps, which python -m launchers.bisect --run_dir={run_dir.path} --between=680:720 '
       '--dataset=successive_words --measure=margin makes')
-  assert [line.partition(' between ')[2][:19] for line in said[:3]] == [
-      'steps 680 and 720: ', 'steps 1,080 and 1,1', 'steps 1,480 and 1,5']
+  assert [line.partition(' between ')[2][:19] for line in said] == [
+      'steps 680 and 720: ', 'steps 1,080 and 1,1', 'steps 1,480 and 1,5', '']
   assert said[-1].startswith('0 of at most 2 captures')
   assert not run_dir.captures_json.exists()
+
+
+def test_what_the_detector_could_judge_and_does_not_confirm_is_no_capture(tmp_path):
+  run_dir = synthetic_runs.hopping_run(tmp_path / 'run', every=20)
+  suspected = {(one.dataset, one.before) for one in captures.suspects_of(run_dir)}
+  risen = ('flipped_words', 700)  # from 0.02 at step 240 to 1 at step 1,200: past 0.5 at step 710
+  hops = {('successive_words', before) for before in (680, 1080, 1480)}
+  assert suspected == {risen, *hops}
+  assert {(one.dataset, one.before) for one, _ in captures.chosen(run_dir)} == hops
+  for path in sorted(run_dir.monitor_scores.iterdir())[34 + 5:]:
+    path.unlink()  # Five snapshots from step 700 on, which is one too few for the detector.
+  assert [(one.dataset, one.before, is_hop) for one, is_hop in captures.chosen(run_dir)] == [
+      ('successive_words', 680, False)]
 
 
 def test_a_bracket_that_a_checkpoint_splits_is_told_to_take_longer():
