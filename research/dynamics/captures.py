@@ -133,8 +133,8 @@ def capture(run_dir: RunDir, budget: int, overrides: Sequence[tuple[str, str]] =
     raise UserError(f'monitors.captures={budget}, but {run_dir.whole} has no monitors; set '
                     '--config.monitors.suite or leave captures at 0')
   if jax.process_count() > 1:
-    print('captures are made by one process: repeat the command in one, with --config.mesh.* of its '
-          'devices where they are others', flush=True)
+    print('captures are made by one process: repeat the command in one, with --config.mesh.* of '
+          'its devices where they are others', flush=True)
     return []
   original, made, gone, failed = open_original(str(run_dir.whole)), [], [], []
   every, done = original.config.checkpoints.every, {one.suspect: one for one in _stored(run_dir)}

@@ -21,6 +21,7 @@ import pytest
 
 from experiments.benchmarks import (
     ablation,
+    capture_cost,
     contenders,
     flax_step,
     modehop_step,
@@ -134,6 +135,12 @@ def test_cost_is_relative_to_the_run_without():
   assert run_cost.relative_costs(rounds, 'saving', 'window') == pytest.approx([0.25])
 
 
+def test_overhead_of_captures_is_relative_to_the_run_without():
+  rounds = [{'with': {'window': 10.1}, 'without': {'window': 10.0}},
+            {'with': {'window': 4.0}, 'without': {'window': 5.0}}]
+  assert capture_cost.shares(rounds, 'window') == pytest.approx([0.01, -0.2])
+
+
 def bench(module: str, *arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run([sys.executable, '-m', f'experiments.benchmarks.{module}', *arguments],
                         capture_output=True, text=True, check=False)
@@ -212,6 +219,7 @@ def test_turns_time_every_step_of_those_that_can():
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
     ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
+    ('capture_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
     ('kill_storm', ['--kills=0'], 'kills'),
     ('attention', ['--contenders=cudnn'], '--contenders=cudnn is not one of unrolled, blockwise'),
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),

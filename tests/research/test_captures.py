@@ -187,7 +187,7 @@ def test_a_run_of_two_devices_is_captured_by_one(tmp_path):
   one, = captures.capture(run_dir, 1, [('mesh.data', '1')])
   margin = margins_of(RunDir(one.run_dir).path)
   assert one.found[1] == one.found[0] + 1 and margin[one.found[0]] < 0 < margin[one.found[1]]
-  run_dir.captures_json.unlink()  # What was replayed is known as this run's, though bits may differ.
+  run_dir.captures_json.unlink()  # The replay is known as this run's, though bits may differ.
   again, = captures.capture(run_dir, 1, [('mesh.data', '1')])
   assert dataclasses.replace(again, seconds=0) == dataclasses.replace(one, seconds=0)
 

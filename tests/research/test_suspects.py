@@ -50,7 +50,7 @@ def test_every_suspect_has_its_checkpoint_while_the_budget_lasts(seed, snapshot_
     return {step} | {max(near) for near in (
         [at for at in checkpoints if at <= one] for one in needed) if near}
 
-  for step in range(601):
+  for step in range(1801):
     if step % snapshot_every == 0:
       margins = np.clip(margins + draw.normal(0, .25, 4), -1, 1)
       named = dict(zip('abcd', margins.tolist(), strict=True))
