@@ -22,7 +22,6 @@ from research.dynamics.bisect import above, bisect
 from research.dynamics.hops import CalledHop
 from research.dynamics.original import Original, open_original
 from research.errors import UserError
-from research.monitors import table
 from research.monitors.suspects import DWELL, Suspect, Suspects
 from research.run_dir import RunDir, write_whole
 from research.training.logs import duration
@@ -70,19 +69,19 @@ def check_settings(config: ExperimentConfig) -> None:
                     f'{config.checkpoints.snapshot_every}; set both, or leave captures at 0')
 
 
-def suspects_of(run_dir: RunDir) -> list[Suspect]:
-  """Returns the changes of side in the stored scores of a run, as `Suspects.ranked`."""
-  items, suspects = table.read_item_table(run_dir.monitor_items), Suspects()
-  for step in table.score_steps(run_dir.monitor_scores):
-    _, scores = table.read_scores(run_dir.monitor_scores / table.scores_name(step))
-    rows = [row for row in table.summary(items, step, scores) if not row.is_control]
-    suspects.add(step, table.dataset_means(rows, 'margin'))
+def suspects_of(analysis: Analysis) -> list[Suspect]:
+  """Returns the changes of side that training saw, as `Suspects.ranked`."""
+  suspects = Suspects()
+  for i, step in enumerate(analysis.steps.tolist()):
+    suspects.add(step, {dataset.name: float(dataset.margin.mean[i])
+                        for dataset in analysis.datasets})
   return suspects.ranked()
 
 
 def chosen(run_dir: RunDir) -> list[tuple[Suspect, bool]]:
   """Returns what may be captured and whether each is a confirmed hop, the first of all first."""
-  analysis, suspects = analysis_of(run_dir), suspects_of(run_dir)
+  analysis = analysis_of(run_dir)
+  suspects = suspects_of(analysis)
   judged: dict[Suspect, bool] = dict.fromkeys(suspects, False)
   for dataset in analysis.datasets:
     for called in dataset.judged.confirmed if dataset.judged else ():

@@ -21,7 +21,6 @@ import pytest
 
 from experiments.benchmarks import (
     ablation,
-    capture_cost,
     contenders,
     flax_step,
     modehop_step,
@@ -133,12 +132,6 @@ def test_cost_is_relative_to_the_run_without():
              run_cost.NEITHER: {'window': 8.0}}]
   assert run_cost.relative_costs(rounds, 'monitoring', 'window') == pytest.approx([0.15])
   assert run_cost.relative_costs(rounds, 'saving', 'window') == pytest.approx([0.25])
-
-
-def test_overhead_of_captures_is_relative_to_the_run_without():
-  rounds = [{'with': {'window': 10.1}, 'without': {'window': 10.0}},
-            {'with': {'window': 4.0}, 'without': {'window': 5.0}}]
-  assert capture_cost.shares(rounds, 'window') == pytest.approx([0.01, -0.2])
 
 
 def bench(module: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -13,6 +13,7 @@ from parallelism.mesh import MeshConfig
 from research import overrides
 from research.config import ExperimentConfig
 from research.dynamics import captures
+from research.dynamics.analysis import analysis_of
 from research.errors import Stopped, UserError
 from research.monitors.items import write_items
 from research.run_dir import RunDir
@@ -80,7 +81,7 @@ def test_suspected_hops_are_captured_to_one_step(tmp_path, capsys):
   train(planted(tmp_path, seed=0), run_dir)
   before = content(run_dir.path)
   done = captures.capture(run_dir, 1)
-  assert len(done) == 1 == len(captures.suspects_of(run_dir))
+  assert len(done) == 1 == len(captures.suspects_of(analysis_of(run_dir)))
   check(run_dir, done[0])
   assert len(full_checkpoints(run_dir)) <= 1 + 1 + 1
   said = capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_a_run_killed_between_suspicion_and_capture_keeps_what_it_needs(tmp_path
   config = planted(tmp_path, seed=0, keep=2)
   whole, killed = RunDir(tmp_path / 'a'), RunDir(tmp_path / 'b')
   train(config, whole)
-  (suspect,) = captures.suspects_of(whole)
+  (suspect,) = captures.suspects_of(analysis_of(whole))
   # On the new side for two snapshots; a full checkpoint was saved since, and the next is not due.
   end = (suspect.after + SNAPSHOT_EVERY) // EVERY * EVERY + EVERY + 3
   assert suspect.after + SNAPSHOT_EVERY < end < config.n_steps - EVERY
@@ -125,7 +126,7 @@ def test_a_run_killed_between_suspicion_and_capture_keeps_what_it_needs(tmp_path
 
 def test_a_hop_near_the_center_is_captured_though_nobody_suspected_it(tmp_path, monkeypatch):
   run_dir = synthetic_runs.hopping_run(tmp_path / 'run', every=40)
-  monkeypatch.setattr(captures, 'suspects_of', lambda run_dir: [])
+  monkeypatch.setattr(captures, 'suspects_of', lambda analysis: [])
   found = [one for one, is_confirmed in captures.chosen(run_dir) if is_confirmed]
   assert {(one.dataset, one.before, one.after) for one in found} == {
       ('successive_words', 680, 720), ('successive_words', 1080, 1120),
@@ -151,7 +152,7 @@ def test_what_would_take_too_long_is_left_out_and_said(tmp_path, capsys):
 
 def test_what_the_detector_could_judge_and_does_not_confirm_is_no_capture(tmp_path):
   run_dir = synthetic_runs.hopping_run(tmp_path / 'run', every=20)
-  suspected = {(one.dataset, one.before) for one in captures.suspects_of(run_dir)}
+  suspected = {(one.dataset, one.before) for one in captures.suspects_of(analysis_of(run_dir))}
   risen = ('flipped_words', 700)  # from 0.02 at step 240 to 1 at step 1,200: past 0.5 at step 710
   hops = {('successive_words', before) for before in (680, 1080, 1480)}
   assert suspected == {risen, *hops}
