@@ -4,12 +4,12 @@
   python -m experiments.benchmarks.capture_cost --rounds=1 --steps=60 --skip=20    (a smoke run)
 
 Runs launchers.pretrain with monitors.captures=0 and with --captures, all else equal, in
-interleaved rounds, each run alone; full checkpoints are closer than the experiment's (--every), so that there is
-something to keep. Prints wall time with minus without, between two rows of the run (step --skip and
-the last) and of the whole command, which ends with the search for what to capture; that search
-alone, timed again, as a share of the command; what may be captured and what was, none where nothing
-hops; and how many full checkpoints were left beside --keep. Goal: under 2%. In a run of fewer steps
-the detector cannot judge a steep rise, which is then captured, and that is said.
+interleaved rounds, each run alone; full checkpoints are closer than the experiment's (--every), so
+that there is something to keep. Prints wall time with minus without, between two rows of the run
+(step --skip and the last) and of the whole command, which ends with the search for what to capture;
+that search alone, timed again, as a share of the command; what may be captured and what was, none
+where nothing hops; and how many full checkpoints were left beside --keep. Goal: under 2%. In a run
+of fewer steps the detector cannot judge a steep rise, which is then captured, and that is said.
 """
 
 import json
