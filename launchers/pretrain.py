@@ -8,8 +8,9 @@ r"""Trains or fine-tunes a language model, monitors every snapshot, ends with a 
 
 The last one fine-tunes: the loss is on responses only; model and tokenizer are those of the run
 that it starts from, be it trained here or imported by launchers.convert.
-With --config.monitors.captures=N (and checkpoints.keep=0) up to N suspected hops are bracketed to
-one step by replay when the run has ended, each in a directory beside it.
+With --config.monitors.captures=N up to N suspected hops are bracketed to one step by replay when
+the run has ended, each in a directory beside it, from full checkpoints that stay for this; of a run
+of several processes when the command is then repeated in one.
 Repeating a command resumes an interrupted run; a finished one prints where its report is. SIGTERM
 and Ctrl-C finish the step, save and end with code 85 (a second Ctrl-C leaves at once, with 130);
 too many skipped steps in a row (--config.guards.stop_after) save and end it with code 3, bad input
@@ -28,7 +29,7 @@ import jax
 
 from launchers import flags as shared
 from parallelism import distributed
-from research.dynamics.captures import capture
+from research.dynamics.captures import capture, check_settings
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.training.loop import train
@@ -51,12 +52,11 @@ def main() -> None:
   except ValueError as error:
     raise UserError(str(error)) from error
   path = RUN_DIR.value or pathlib.Path('runs') / EXPERIMENT.value
-  if config.monitors.captures and jax.process_count() > 1:
-    raise UserError('monitors.captures takes one process, as a replay does; leave it at 0 here and '
-                    'use launchers.bisect')
+  check_settings(config)
   train(config, RunDir(path, jax.process_index()))
   if config.monitors.captures:
-    capture(RunDir(path), config.monitors.captures)
+    capture(RunDir(path), config.monitors.captures,
+            [pair for pair in shared.overrides() if pair[0].startswith('mesh.')])
   distributed.finish()
 
 

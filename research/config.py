@@ -39,7 +39,8 @@ class MonitorConfig:
                "or 'leave_out', which lists them in monitors/left_out.jsonl"] = 'refuse'
   small: SmallSuiteConfig = SmallSuiteConfig()
   captures: A[int, 'suspected hops that are bracketed to one step by replay when the run ends, '
-              'confirmed ones first; takes checkpoints.keep=0'] = 0
+              'confirmed ones first; the full checkpoints that this takes stay, at most captures + 1 '
+              'beside checkpoints.keep'] = 0
 
   def __post_init__(self):
     if self.bad_items not in BAD_ITEMS:
@@ -78,10 +79,6 @@ class ExperimentConfig:
     if self.data.sequence_length > self.model.context_length:
       raise ValueError(f'data.sequence_length={self.data.sequence_length} is longer than '
                        f'model.context_length={self.model.context_length}')
-    if self.monitors.captures and self.checkpoints.keep:
-      raise ValueError(f'monitors.captures={self.monitors.captures} replays from the checkpoint '
-                       f'before a hop, but checkpoints.keep={self.checkpoints.keep} may have '
-                       'removed it; set --config.checkpoints.keep=0')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from scipy import stats
 from research.dynamics import contrasts
 from research.dynamics.controls import ControlState
 from research.dynamics.states import Levels, over_contexts
+from research.monitors.suspects import DWELL  # checkpoints of either flank
 
-DWELL = 6  # checkpoints for which the state is held on either flank
 ALLOWANCE = 0.03  # contrast that the curvature of a smooth rise may have
 FALSE_DISCOVERIES = 0.05
 CONFIDENCE = 0.95  # of the flanks' states

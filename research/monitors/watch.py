@@ -100,7 +100,7 @@ class Watch:
     """
     items = self.items = suite.items
     self._built, self._folder = built, run_dir.monitor_scores
-    self._suspects = Suspects()
+    self._suspects, self._captures = Suspects(), config.monitors.captures
     for step in table.score_steps(self._folder):
       if step > kept:
         scored_path(run_dir, step).unlink()
@@ -137,6 +137,11 @@ class Watch:
   def n_suspected(self) -> int:
     """Hops suspected so far."""
     return self._suspects.n_suspected
+
+  @property
+  def needed(self) -> frozenset[int]:
+    """Steps up to which the last full checkpoint has to stay for the captures that may be made."""
+    return self._suspects.needed(self._captures) if self._captures else frozenset()
 
   def _remember(self, step: int, scores: Scores) -> list[table.ContextSummary]:
     """Shows a snapshot to the suspicion; returns its summary."""

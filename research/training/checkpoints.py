@@ -3,7 +3,9 @@
 Each carries the hashes of its tensors (`research.training.provenance`), checked when it is read.
 """
 
+import bisect
 import pathlib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +19,32 @@ from research.training.config import CheckpointConfig
 from research.training.step import State
 
 
+class _Needed:
+  """Of Orbax's kind, preserves the last checkpoint up to each of some steps.
+
+  Attributes:
+    steps: those of the save to come.
+  """
+
+  def __init__(self):
+    self.steps: Collection[int] = ()
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Returns whether each checkpoint, ascending by step, stays on the disk."""
+    del context
+    at_hand = [checkpoint.step for checkpoint in checkpoints]
+    last = {bisect.bisect_right(at_hand, step) - 1 for step in self.steps}
+    return [i in last for i in range(len(at_hand))]
+
+
 class Checkpoints:
   """The full checkpoints of one run; saving is asynchronous, one save at a time."""
 
   def __init__(self, path: pathlib.Path, config: CheckpointConfig | None = None):
     policies = ocp.training.preservation_policies
-    keep = policies.LatestN(config.keep) if config and config.keep else policies.PreserveAll()
+    keep, self._needed = policies.PreserveAll(), _Needed()
+    if config and config.keep:
+      keep = policies.AnyPreservationPolicy([policies.LatestN(config.keep), self._needed])
     self._path = path.absolute()
     self._checkpointer = ocp.training.Checkpointer(
         self._path, preservation_policy=keep,
@@ -53,7 +75,8 @@ class Checkpoints:
     """Returns what the checkpoint of a step says about itself, {} for one without hashes."""
     return stored.read_record(self.path(step))
 
-  def save(self, step: int, state: State, position: dict[str, int], record: dict[str, Any]) -> None:
+  def save(self, step: int, state: State, position: dict[str, int], record: dict[str, Any],
+           needed: Collection[int] = ()) -> None:
     """Starts saving; waits first for the save before it and raises what that one raised.
 
     Args:
@@ -61,8 +84,10 @@ class Checkpoints:
       state: the training state.
       position: where the data stream stands: `step` and `tokens` consumed so far.
       record: what the checkpoint says about itself, {} for nothing.
+      needed: the last checkpoint up to each of these steps stays beside the latest.
     """
     self.wait()
+    self._needed.steps = needed
     self._saving = step, self._checkpointer.save_checkpointables_async(
         step, {**items(state), 'data': position}, custom_metadata=record)
 

@@ -107,4 +107,4 @@ class Observation:
       self._snapshots.sync()
       self.recorder.sync()
       self._observers.checkpoint(step, state)
-      self._checkpoints.save(step, state, reached, proof)
+      self._checkpoints.save(step, state, reached, proof, self._watch.needed)

@@ -25,6 +25,7 @@ SETTINGS = ['--config.checkpoints.every=3', '--config.evals.every=3',
             '--config.checkpoints.snapshot_every=3', '--config.mesh.data=4',
             '--config.mesh.fsdp=2', '--config.logging.tensorboard=false',
             '--config.model.n_layers=1', '--config.model.d_ff=64', '--config.monitors.suite=none']
+CAPTURED = ['--config.monitors.suite=microworld', '--config.monitors.captures=1']
 
 
 def free_port(first: int = 0, last: int = 0) -> int:
@@ -84,7 +85,8 @@ def assert_same_training(run_dir: pathlib.Path, other: pathlib.Path) -> None:
 def two(tmp_path_factory) -> pathlib.Path:
   """A finished run of two processes, four devices each."""
   run_dir = tmp_path_factory.mktemp('runs') / 'two'
-  finish(run_dir, 2, '--config.n_steps=6', '--config.monitors.suite=microworld')
+  said = finish(run_dir, 2, '--config.n_steps=6', *CAPTURED)
+  assert all('captures are made by one process' in text for text in said)
   return run_dir
 
 
@@ -102,6 +104,13 @@ def test_every_process_keeps_a_record_and_arrays_are_written_together(two):
   assert scores[0] == scores[1] and len(scores[0]) == 3
   assert SnapshotReader(RunDir(two).snapshots).steps == [0, 3, 6]
   assert sorted(path.name for path in (two / 'checkpoints').iterdir()) == ['3', '6']
+
+
+@pytest.mark.slow
+def test_what_two_processes_made_is_searched_for_captures_by_one(two, tmp_path):
+  shutil.copytree(two, tmp_path / 'run')
+  (said,) = finish(tmp_path / 'run', 1, '--config.n_steps=6', *CAPTURED)
+  assert 'finished already' in said and '0 of at most 1 captures' in said
 
 
 @pytest.mark.slow

@@ -222,6 +222,7 @@ def test_turns_time_every_step_of_those_that_can():
     ('train_step', ['--sizes=7M'], '--sizes=7M is not one of tiny, 1M, 3M, 10M'),
     ('train_step', ['--tokens=100'], 'not a multiple of the 256'),
     ('run_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
+    ('capture_cost', ['--skip=9', '--steps=5'], '--skip=9 leaves none'),
     ('kill_storm', ['--kills=0'], 'kills'),
     ('attention', ['--contenders=cudnn'], '--contenders=cudnn is not one of unrolled, blockwise'),
     ('attention', ['--lengths=0'], '--lengths=0 is not a positive whole number'),

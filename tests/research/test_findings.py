@@ -129,7 +129,7 @@ def test_suspicion_finds_sides_that_are_held():
   margins = (-0.3, -0.4, 0.3, -0.3, 0.2, 0.3, 0.05, -0.05, 0.3, -0.2, -0.25)
   for i, margin in enumerate(margins):
     found += suspects.add(10 * i, {'a': margin, 'b': 0.3})
-  assert [(one.dataset, one.before, one.after) for one in found] == [('a', 10, 40), ('a', 50, 90)]
+  assert [(one.dataset, one.before, one.after) for one in found] == [('a', 30, 40), ('a', 80, 90)]
   assert [one.change for one in found] == pytest.approx([0.2 + 0.4, -0.2 - 0.3])
   assert suspects.n_suspected == 2
 
