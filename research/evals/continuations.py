@@ -1,13 +1,11 @@
 """Log-probabilities of continuations after contexts, many together in few static shapes.
 
-Requests with the same context share it: its keys and values are made once, and every continuation
-goes on from them.
+Requests with the same context are an item with as many texts, laid out like those of monitors.
 """
 
-import bisect
 import collections
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -18,18 +16,15 @@ import numpy as np
 from models import transformer
 from research.build import Build
 from research.errors import UserError
-from research.monitors.scoring import behind_prefixes
+from research.monitors.buckets import joined, make_buckets
+from research.monitors.encoding import Tokens
+from research.monitors.scoring import Chunk, chunk_of, in_chunks, read, summed
 from research.training.divisions import replicas
-
-Tokens = tuple[int, ...]
 
 CHUNK_TOKENS = 16_384  # run at a time on a replica, at most
 CHUNK_LOGITS = 1 << 28  # made at a time on a replica, at most: 1 GiB in float32
-MOST_ROWS = 64  # continuations of one context that run together
-SIZES = (0, 1, *(size for k in range(1, 40) for size in (2**k, 3 * 2**k // 2)))
-# A shape of its own must spare this many tokens of padding, and this share of all tokens: it takes
-# time to compile, once, and padding takes time at every checkpoint.
-SHAPE_TOKENS, SHAPE_SHARE = 1 << 12, 1 / 512
+# Another compiled shape has to save as many: it takes time once, and padding at every checkpoint.
+SHAPE_TOKENS = 1 << 12
 
 
 class Request(NamedTuple):
@@ -46,56 +41,23 @@ class Answer(NamedTuple):
   is_greedy: bool
 
 
-class Shape(NamedTuple):
-  """Padded sizes: tokens before a context's last one, continuations of it, tokens of each."""
+class Continued(NamedTuple):
+  """A context and all that shall be scored after it; see `buckets.Item`."""
 
-  prefix: int
-  rows: int
-  length: int
+  prompt: Tokens
+  texts: tuple[Tokens, ...]
 
-
-class Chunk(NamedTuple):
-  """What runs in one call: C contexts with B / C consecutive rows each.
-
-  Attributes:
-    prefix_CP: contexts without their last token; P may be 0.
-    prefix_lengths_C: how many of them count.
-    tokens_BS: a context's last token and the continuation without its last one.
-    targets_BS: the continuation.
-    lengths_B: how many of its tokens count, 0 for padding.
-  """
-
-  prefix_CP: np.ndarray
-  prefix_lengths_C: np.ndarray
-  tokens_BS: np.ndarray
-  targets_BS: np.ndarray
-  lengths_B: np.ndarray
+  @property
+  def starts(self) -> tuple[int, ...]:
+    return (len(self.prompt),) * len(self.texts)
 
 
 class Plan(NamedTuple):
-  """Requests laid out: chunks, the number of each row's request (-1: none), and their number."""
+  """Requests laid out: chunks, the request [B, R] that each sum is of (-1: none), their number."""
 
   chunks: list[Chunk]
   slots: list[np.ndarray]
   n_requests: int
-
-
-class _Group(NamedTuple):
-  """Requests, by number, that share a context."""
-
-  context: Tokens
-  continuations: list[tuple[int, Tokens]]
-
-  @property
-  def sizes(self) -> Shape:
-    """Returns what it needs, without padding."""
-    longest = max(len(tokens) for _, tokens in self.continuations)
-    return Shape(len(self.context) - 1, len(self.continuations), longest)
-
-
-def padded(n: int) -> int:
-  """Returns the least of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below n."""
-  return SIZES[bisect.bisect_left(SIZES, n)]
 
 
 def truncated(request: Request, context_length: int) -> Request:
@@ -114,108 +76,20 @@ def truncated(request: Request, context_length: int) -> Request:
 
 def make_plan(requests: Sequence[Request], built: Build) -> Plan:
   """Returns requests, cut to the context already, in as few shapes as padding allows."""
-  by_context: dict[Tokens, list[tuple[int, Tokens]]] = collections.defaultdict(list)
+  members: dict[Tokens, list[int]] = collections.defaultdict(list)
   for i, request in enumerate(requests):
-    by_context[request.context].append((i, request.continuation))
-  vocab_size = built.config.model.vocab_size
-  groups = [group for context, members in by_context.items()
-            for group in _parts(context, members, vocab_size)]
-  chunks, slots = [], []
-  for shape, members in _shaped(groups, built.config.model.context_length):
-    for chunk, slots_B in _chunks(shape, members, built):
-      chunks.append(chunk)
-      slots.append(slots_B)
-  return Plan(chunks, slots, len(requests))
-
-
-def _parts(context: Tokens, members: list[tuple[int, Tokens]], vocab_size: int
-           ) -> Iterator[_Group]:
-  """Yields the continuations of a context in groups that can be run, like lengths together.
-
-  A context of one token has nothing to share.
-  """
-  members = sorted(members, key=lambda member: -len(member[1]))
-  while members:
-    n = padded(len(members[0][1]))
-    most = 1 if len(context) == 1 else max(1, min(
-        MOST_ROWS, CHUNK_TOKENS // n, CHUNK_LOGITS // (n * vocab_size)))
-    n_rows = SIZES[bisect.bisect_right(SIZES, most) - 1]
-    yield _Group(context, members[:n_rows])
-    members = members[n_rows:]
-
-
-def _shape(sizes: Shape, context_length: int) -> Shape:
-  """Returns the padded sizes; together they do not exceed the context."""
-  length = min(padded(sizes.length), context_length - sizes.prefix)
-  return Shape(min(padded(sizes.prefix), context_length - length), padded(sizes.rows), length)
-
-
-def _cost(shape: Shape) -> int:
-  """Returns the tokens that a context and its rows take."""
-  return shape.prefix + shape.rows * shape.length
-
-
-def _shaped(groups: list[_Group], context_length: int) -> list[tuple[Shape, list[_Group]]]:
-  """Returns groups by shape, the longest first; a shape that spares little joins a larger one."""
-  shapes: dict[Shape, list[_Group]] = collections.defaultdict(list)
-  for group in groups:
-    shapes[_shape(group.sizes, context_length)].append(group)
-  n_tokens = sum(len(members) * _cost(shape) for shape, members in shapes.items())
-  least = max(SHAPE_TOKENS, int(SHAPE_SHARE * n_tokens))
-  kept: dict[Shape, list[_Group]] = {}
-  for shape in sorted(shapes, key=_cost, reverse=True):
-    members = shapes[shape]
-    joins = [(_padding(shape, len(members), other, len(kept[other])), other) for other in kept
-             if _may_join(shape, other, context_length)]
-    more, other = min(joins, default=(least, shape))
-    if more < least:
-      members, shape = kept.pop(other) + members, Shape(*map(max, shape, other))
-    kept[shape] = kept.get(shape, []) + members
-  return sorted(kept.items(), key=lambda item: -_cost(item[0]))
-
-
-def _padding(a: Shape, n_a: int, b: Shape, n_b: int) -> int:
-  """Returns the tokens that it costs to run n_a and n_b groups of two shapes as one."""
-  both = _cost(Shape(*map(max, a, b)))
-  return n_a * (both - _cost(a)) + n_b * (both - _cost(b))
-
-
-def _may_join(a: Shape, b: Shape, context_length: int) -> bool:
-  """Returns whether two shapes can be run as one.
-
-  A context of one token has nothing to be read first: it must not meet those that have. Nor must
-  many short rows meet a long one, where all would be too many tokens.
-  """
-  n_tokens = [shape.rows * shape.length for shape in (a, b, Shape(*map(max, a, b)))]
-  return (n_tokens[2] <= max(CHUNK_TOKENS, *n_tokens[:2]) and max(a.prefix, b.prefix) + max(a.length, b.length) <= context_length
-          and (a.prefix == 0) == (b.prefix == 0))
-
-
-def _chunks(shape: Shape, groups: list[_Group], built: Build
-            ) -> Iterator[tuple[Chunk, np.ndarray]]:
-  """Yields groups of one shape as equally shaped chunks, and the request of each row."""
-  P, I, S = shape
-  n_replicas, vocab_size = replicas(built.mesh.shape), built.config.model.vocab_size
-  most = n_replicas * max(1, min(CHUNK_TOKENS // _cost(shape),
-                                 CHUNK_LOGITS // (I * S * vocab_size)))
-  n_chunks = -(-len(groups) // most)
-  C = -(-len(groups) // n_chunks)
-  C = -(-C // n_replicas) * n_replicas
-  groups = sorted(groups, key=lambda group: -_cost(group.sizes))
-  for start in range(0, len(groups), C):
-    # Contexts that fill up a chunk keep one visible token, so that no softmax runs over nothing.
-    prefix_CP, prefix_lengths_C = np.zeros((C, P), np.int32), np.full(C, min(1, P), np.int32)
-    tokens_BS, targets_BS = np.zeros((C * I, S), np.int32), np.zeros((C * I, S), np.int32)
-    lengths_B, slots_B = np.zeros(C * I, np.int32), np.full(C * I, -1, np.int64)
-    for c, group in enumerate(groups[start:start + C]):
-      n_prefix = len(group.context) - 1
-      prefix_CP[c, :n_prefix] = group.context[:-1]
-      prefix_lengths_C[c] = n_prefix
-      for b, (slot, tokens) in enumerate(group.continuations, start=c * I):
-        tokens_BS[b, :len(tokens)] = (group.context[-1], *tokens[:-1])
-        targets_BS[b, :len(tokens)] = tokens
-        lengths_B[b], slots_B[b] = len(tokens), slot
-    yield Chunk(prefix_CP, prefix_lengths_C, tokens_BS, targets_BS, lengths_B), slots_B
+    members[request.context].append(i)
+  items = [Continued(context, tuple(context + requests[i].continuation for i in mine))
+           for context, mine in members.items()]
+  buckets = make_buckets(
+      items, context_length=built.config.model.context_length,
+      row_multiple=replicas(built.mesh.shape), tokens=CHUNK_TOKENS,
+      reads=CHUNK_LOGITS // built.config.model.vocab_size, shape_tokens=SHAPE_TOKENS,
+      join=joined)
+  numbers = np.array([*(i for mine in members.values() for i in mine), -1])  # slot -1 stays -1
+  parts = [(bucket, z) for bucket in reversed(buckets) for z in range(len(bucket.tokens_ZBS))]
+  return Plan([chunk_of(in_chunks(bucket), z) for bucket, z in parts],
+              [numbers[bucket.slots_ZBR[z]] for bucket, z in parts], len(requests))
 
 
 class Continuations:
@@ -242,24 +116,19 @@ class Continuations:
         waiting.append((plan.slots[i], run(params, plan.chunks[i])))
       # The oldest result is taken in while the devices work on the newest.
       if len(waiting) > 1 or i == len(plan.chunks) and waiting:
-        slots_B, results = waiting.popleft()
-        used_B = slots_B >= 0
-        logps[slots_B[used_B]], likeliest[slots_B[used_B]] = (
-            np.asarray(x_B)[used_B] for x_B in results)
-        done += int(used_B.sum())
+        slots_BR, results = waiting.popleft()
+        used_BR = slots_BR >= 0
+        logps[slots_BR[used_BR]], likeliest[slots_BR[used_BR]] = (
+            np.asarray(x_BR)[used_BR] for x_BR in results)
+        done += int(used_BR.sum())
         progress(done)
     return [Answer(float(logp), bool(greedy)) for logp, greedy in zip(logps, likeliest)]
 
 
 def _scored(graphdef: nnx.GraphDef, constrain: Callable, params: Any, chunk: Chunk
             ) -> tuple[jax.Array, jax.Array]:
-  """Returns log-probabilities [B], and whether every token of a row is the likeliest, [B]."""
-  model = transformer.apply(graphdef, params)
-  logits_BSV = model.logits(behind_prefixes(
-      model, constrain, chunk.prefix_CP, chunk.prefix_lengths_C, chunk.tokens_BS))
-  chosen_BS1 = jnp.take_along_axis(logits_BSV, chunk.targets_BS[:, :, None], axis=-1)
-  logps_BS = chosen_BS1[:, :, 0] - jax.nn.logsumexp(logits_BSV, axis=-1)
-  counts_BS = np.arange(chunk.tokens_BS.shape[1]) < chunk.lengths_B[:, None]
-  greedy_BS = jnp.argmax(logits_BSV, axis=-1) == chunk.targets_BS
-  return (constrain(jnp.sum(jnp.where(counts_BS, logps_BS, 0.0), axis=1), (None,)),
-          constrain(jnp.all(greedy_BS | ~counts_BS, axis=1), (None,)))
+  """Returns log-probabilities and whether every token of them is the likeliest, both [B, R]."""
+  logps_BTR, likeliest_BTR = read(transformer.apply(graphdef, params), constrain, chunk)
+  greedy_BR = jnp.all(likeliest_BTR | ~chunk.counts_BTR, axis=1)
+  return constrain(summed(logps_BTR, chunk.counts_BTR), (None, None)), constrain(
+      greedy_BR, (None, None))

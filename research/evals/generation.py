@@ -15,7 +15,7 @@ from models.kernels.decoding import ContiguousCache
 from models.sampling import Sampling, row_keys, sample
 from research.build import Build
 from research.data.tokenizers import Tokenizer
-from research.evals.continuations import Tokens
+from research.monitors.encoding import Tokens
 from research.training.divisions import replicas
 
 CHUNK_TOKENS = 32_768  # prompts and texts that are in the caches at a time on a replica, at most

@@ -34,13 +34,13 @@ class EncodedItem:
     return self.n_prompt, self.n_prompt
 
   @property
-  def in_one_row(self) -> bool:
-    """Whether what is read to score one answer begins with what is read to score the other.
+  def texts(self) -> tuple[Tokens, Tokens]:
+    return self.generalizing, self.shortcut
 
-    So it is where an answer has one token, and where both differ in their last token alone.
-    """
-    return common_length(self.generalizing[:-1], self.shortcut[:-1]) == min(
-        len(self.generalizing), len(self.shortcut)) - 1
+  @property
+  def in_one_row(self) -> bool:
+    """Whether both answers are read in one row; see `read_together`."""
+    return len(read_together(self.texts)) == 1
 
 
 def encode_item(item: MonitorItem, tokenizer: Tokenizer, start_id: int | None = None
@@ -83,6 +83,24 @@ def encode_item(item: MonitorItem, tokenizer: Tokenizer, start_id: int | None = 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
   """Returns the length of the longest common beginning."""
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def read_together(texts: Sequence[Tokens]) -> list[list[int]]:
+  """Returns texts by number: those of one list can be scored by reading the longest of them.
+
+  What is read to score one of them, all but its last token, begins what is read to score another.
+  So it is where an answer has one token, and where answers differ in their last token alone.
+  """
+  rows, longest = [], None
+  # What begins another comes right after it, or after what begins with both.
+  for i in sorted(range(len(texts)), key=lambda i: texts[i][:-1], reverse=True):
+    inputs = texts[i][:-1]
+    if longest is not None and longest[:len(inputs)] == inputs:
+      rows[-1].append(i)
+    else:
+      longest = inputs
+      rows.append([i])
+  return sorted(map(sorted, rows))
 
 
 Encode = Callable[[MonitorItem, Tokenizer, int | None], EncodedItem]

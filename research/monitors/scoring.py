@@ -25,7 +25,7 @@ class Scores(NamedTuple):
   logp_shortcut: np.ndarray
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
   """The arrays of one chunk of a bucket that the model needs; see `buckets.Bucket`."""
 
   prefix_CP: jax.Array
@@ -34,6 +34,22 @@ class _Chunk(NamedTuple):
   places_BT: jax.Array
   targets_BTR: jax.Array
   counts_BTR: jax.Array
+
+
+def in_chunks(bucket: Bucket) -> Chunk:
+  """Returns the arrays of all chunks of a bucket, on a leading axis Z."""
+  return Chunk(bucket.prefix_ZCP, bucket.prefix_lengths_ZC, bucket.tokens_ZBS, bucket.places_ZBT,
+               bucket.targets_ZBTR, bucket.counts_ZBTR)
+
+
+def chunk_of(chunks: Chunk, z: int) -> Chunk:
+  """Returns one of the chunks of a bucket."""
+  return jax.tree.map(lambda x: x[z], chunks)
+
+
+def summed(logps_BTR: jax.Array, counts_BTR: jax.Array) -> jax.Array:
+  """Returns the sums [B, R] of the log-probabilities that count."""
+  return jnp.sum(jnp.where(counts_BTR, logps_BTR, 0.0), axis=1)
 
 
 class Scorer:
@@ -69,9 +85,7 @@ class Scorer:
         self.encoded, context_length=context_length, batch_rows=batch_rows,
         row_multiple=row_multiple)
     self.n_tokens = sum(bucket.n_tokens for bucket in self.buckets)
-    self._chunks = [
-        _Chunk(bucket.prefix_ZCP, bucket.prefix_lengths_ZC, bucket.tokens_ZBS, bucket.places_ZBT,
-               bucket.targets_ZBTR, bucket.counts_ZBTR) for bucket in self.buckets]
+    self._chunks = [in_chunks(bucket) for bucket in self.buckets]
     slots = np.concatenate([bucket.slots_ZBR.ravel() for bucket in self.buckets])
     # where the sum of every slot stands among the flattened outputs of all buckets
     self._order = np.empty(2 * len(self.items), np.int32)
@@ -79,11 +93,7 @@ class Scorer:
     self._score = jax.jit(_scorer(graphdef, constrain, self.reduce))
 
   encode = staticmethod(encode_items)
-
-  @staticmethod
-  def reduce(logps_BTR: jax.Array, counts_BTR: jax.Array) -> jax.Array:
-    """Returns what is made of the log-probabilities that count, [B, R]: their sum."""
-    return jnp.sum(jnp.where(counts_BTR, logps_BTR, 0.0), axis=1)
+  reduce = staticmethod(summed)  # what is made of the log-probabilities that count, [B, R]
 
   def score(self, params: Any) -> Scores:
     """Returns the scores under `params` (a nested dict of arrays, sharded or not).
@@ -101,42 +111,36 @@ class Scorer:
 def _scorer(graphdef: nnx.GraphDef, constrain: Constrain, reduce: Reduce) -> Callable:
   """Returns f(params, chunks of all buckets, order) -> reduced log-probabilities in slot order."""
 
-  def score(params: Any, buckets: list[_Chunk], order: jax.Array) -> jax.Array:
+  def score(params: Any, buckets: list[Chunk], order: jax.Array) -> jax.Array:
     model = transformer.apply(graphdef, params)
+    reduced = lambda chunk: reduce(read(model, constrain, chunk)[0], chunk.counts_BTR)
     sums = []
-    for bucket in buckets:
-      if bucket.tokens_BS.shape[0] == 1:
-        chunk = jax.tree.map(lambda x: x[0], bucket)
-        sums.append(_chunk_sums(model, constrain, reduce, chunk).ravel())
+    for chunks in buckets:
+      if chunks.tokens_BS.shape[0] == 1:
+        sums.append(reduced(chunk_of(chunks, 0)).ravel())
       else:
-        chunk_sums = lambda chunk: _chunk_sums(model, constrain, reduce, chunk)
-        sums.append(jax.lax.map(chunk_sums, bucket).ravel())
+        sums.append(jax.lax.map(reduced, chunks).ravel())
     return constrain(jnp.concatenate(sums)[order], (None,))
 
   return score
 
 
-def behind_prefixes(model: transformer.Transformer, constrain: Constrain, prefix_CP: jax.Array,
-                    prefix_lengths_C: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-  """Returns hidden states [B, S, D] of rows behind C prefixes, each read once (P may be 0)."""
-  tokens_BS = constrain(tokens_BS, (axes.BATCH, axes.LENGTH))
-  if not prefix_CP.shape[1]:
-    return model(tokens_BS)[0]
-  prefix_CP = constrain(prefix_CP, (axes.BATCH, axes.LENGTH))
-  _, kv = model.read(prefix_CP, prefix_lengths_C)
-  return model.with_prefix(tokens_BS, kv, prefix_lengths_C)
+def read(model: transformer.Transformer, constrain: Constrain, chunk: Chunk
+         ) -> tuple[jax.Array, jax.Array]:
+  """Returns the targets' log-probabilities, and whether each is the likeliest, both [B, T, R].
 
-
-def _chunk_sums(model: transformer.Transformer, constrain: Constrain, reduce: Reduce,
-                chunk: _Chunk) -> jax.Array:
-  """Returns the reduced (summed) log-probabilities [B, R] of one chunk.
-
-  Hidden states are gathered where answers are read before they meet the vocabulary.
+  Every prefix is read once, for all rows behind it (P may be 0). Hidden states are gathered where
+  answers are read before they meet the vocabulary.
   """
-  hidden_BSD = behind_prefixes(model, constrain, chunk.prefix_CP, chunk.prefix_lengths_C,
-                               chunk.tokens_BS)
+  tokens_BS = constrain(chunk.tokens_BS, (axes.BATCH, axes.LENGTH))
+  if chunk.prefix_CP.shape[1]:
+    prefix_CP = constrain(chunk.prefix_CP, (axes.BATCH, axes.LENGTH))
+    _, kv = model.read(prefix_CP, chunk.prefix_lengths_C)
+    hidden_BSD = model.with_prefix(tokens_BS, kv, chunk.prefix_lengths_C)
+  else:
+    hidden_BSD = model(tokens_BS)[0]
   hidden_BTD = jnp.take_along_axis(hidden_BSD, chunk.places_BT[:, :, None], axis=1)
   logits_BTV = model.logits(hidden_BTD)
   target_logits_BTR = jnp.take_along_axis(logits_BTV, chunk.targets_BTR, axis=-1)
   logps_BTR = target_logits_BTR - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
-  return reduce(logps_BTR, chunk.counts_BTR)
+  return logps_BTR, jnp.argmax(logits_BTV, axis=-1, keepdims=True) == chunk.targets_BTR

@@ -13,7 +13,7 @@ from research.monitors.items import ITEM_SUFFIXES, MonitorItem, check_items, sou
 from research.monitors.microworld_items import microworld_items
 from research.monitors.published_score import PublishedScorer, encode_published
 from research.monitors.scoring import Scorer, Scores
-from research.monitors.small.suite import fitting_suite
+from research.monitors.small.suite import fitting_suite, small_suite
 from research.monitors.suite import Suite, described, scorable, settled, write_left_out
 from research.monitors.suspects import Suspects
 from research.run_dir import RunDir
@@ -34,14 +34,15 @@ def read_suite(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | N
   if name == 'microworld':
     suite = Suite(microworld_items(config.data.microworld, config.data.sequence_length), [], [])
   elif name == 'small':
-    suite = Suite(fitting_suite(config.monitors.small, tokenizer, config.model.context_length,
-                                start_id), [], [])
+    suite = Suite(small_suite(config.monitors.small), [], [])
   elif pathlib.Path(name).suffix in ITEM_SUFFIXES:
     suite = Suite(*sound_items(name), [])
   else:
     suite, encode = published.read(name), encode_published
-  suite = settled(scorable(suite, tokenizer, config.model.context_length, start_id, encode),
-                  config.monitors.bad_items)
+  suite = scorable(suite, tokenizer, config.model.context_length, start_id, encode)
+  if name == 'small' and suite.left_out:  # what would fit is in the refusal
+    fitting_suite(config.monitors.small, tokenizer, config.model.context_length, start_id)
+  suite = settled(suite, config.monitors.bad_items)
   check_items(suite.items)
   if suite.left_out or encode is encode_published:
     print(*described(suite), sep='\n', flush=True)

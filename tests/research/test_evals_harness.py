@@ -220,12 +220,32 @@ def test_greedy_tokens_are_known_as_such():
 def test_long_continuations_of_one_token_run_few_at_a_time(monkeypatch):
   """As first windows of rolling texts do: memory is bounded whatever their number."""
   monkeypatch.setattr(continuations, 'CHUNK_TOKENS', 200)
-  requests = [Request((START,), (1,) * n) for n in [*range(1, 25), *[CONTEXT] * 40]]
-  requests += [Request((START, 1, 2), (3,) * n) for n in [*range(1, 23), *[22] * 40]]
+  # Of those that begin differently, none is read on the way to another.
+  requests = [Request((START,), (i,) * n)
+              for i, n in enumerate([*range(1, 25), *[CONTEXT] * 40])]
+  requests += [Request((START, 1, 2), (i,) * n) for i, n in enumerate([*range(1, 23), *[22] * 40])]
   plan = make_plan(requests, built(1))
   assert max(chunk.tokens_BS.size for chunk in plan.chunks) <= 200
   assert sorted(np.concatenate([slots[slots >= 0] for slots in plan.slots])) == list(
       range(len(requests)))
+
+
+def test_demonstrations_are_read_once_and_choices_of_one_token_together():
+  shots = tuple(range(3, 17))
+  requests = [Request((START, *shots, question, 20), (choice,))
+              for question in (30, 31, 32) for choice in (40, 41, 42, 40)]
+  requests += [Request((START, *shots, 30, 20), (50, 51)), Request((START, *shots, 33), (50, 51)),
+               Request((START, *shots, 33), (52, 51))]
+  plan = make_plan(requests, built(1))
+  # As many as the demonstrations have, padded, and five rows of two or three tokens, padded.
+  assert sum(chunk.prefix_CP.size for chunk in plan.chunks) == 16
+  assert sum(chunk.tokens_BS.size for chunk in plan.chunks) <= 5 * 3
+  model = harness_model()
+  for request, (logp, is_greedy) in zip(
+      requests, model._continuations.answers(plan, model.params), strict=True):
+    expected, greedy = scored(list(request.context), list(request.continuation))
+    assert_close(logp, expected)
+    assert is_greedy == greedy
 
 
 def test_nothing_is_compiled_again_for_other_parameters():

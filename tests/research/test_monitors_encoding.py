@@ -130,6 +130,26 @@ def test_buckets_hold_every_answer_in_its_own_context(batch_rows, row_multiple):
       assert b.tokens_ZBS.shape[1] <= batch_rows
 
 
+@pytest.mark.parametrize('tokens, reads', [(400, 10**6), (10**6, 48), (150, 12)])
+def test_what_runs_at_a_time_is_bounded_on_every_device(tokens, reads):
+  rng, n_devices = random.Random(0), 4
+  items = [item(f'a context that some share {i % 3} ' * (i % 2) + f'and {i}' * rng.randint(1, 9),
+                *(answer * rng.randint(1, 12) for answer in 'xy'), i=i) for i in range(120)]
+  encoded = encode_items(items, BYTES, 128)
+  buckets = make_buckets(encoded, context_length=128, row_multiple=n_devices, tokens=tokens,
+                         reads=reads)
+  assert_buckets_score_everything(buckets, encoded)
+  for b in buckets:
+    n_chunks, n_contexts, _ = b.prefix_ZCP.shape
+    n_here = n_chunks * n_devices
+    assert n_contexts % n_devices == 0
+    assert b.n_tokens <= n_here * tokens or b.tokens_ZBS.shape[1] == n_devices
+    assert b.places_ZBT.size <= n_here * reads or b.tokens_ZBS.shape[1] == n_devices
+  unbounded = make_buckets(encoded, context_length=128)
+  assert len(unbounded) <= len(buckets)
+  assert len(buckets) < sum(len(b.tokens_ZBS) for b in buckets)
+
+
 def test_buckets_of_answers_of_many_lengths():
   rng = random.Random(0)
   words = ['snow', 'rain', 'sunshine', '雪', 'a', 'thunderstorms']
