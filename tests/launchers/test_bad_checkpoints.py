@@ -48,15 +48,20 @@ def refused(launcher: str, *arguments: str) -> str:
   return line
 
 
-@pytest.mark.parametrize('damage, words', [
-    (lambda revision: configured(revision, model_type='lama'),
-     "model_type='lama' is not supported; the nearest of llama, "),
-    (lambda revision: configured(revision, hidden_size=None, vocab_size=None),
-     "config.json of model_type='llama' has no vocab_size, hidden_size"),
-    (reshaped, f'tensor {NORM} has shape (31,), config.json says (32,)'),
-    (with_more_words, 'tokenizer.json has 72 tokens, the model only vocab_size=64; they do not '
-     'belong together')], ids=['architecture', 'keys', 'shape', 'vocabulary'])
-def test_a_checkpoint_that_is_no_model_of_ours(folder, tmp_path, damage, words):
+DAMAGES = {
+    'architecture': (lambda revision: configured(revision, model_type='lama'),
+                     "model_type='lama' is not supported; the nearest of llama, "),
+    'keys': (lambda revision: configured(revision, hidden_size=None, vocab_size=None),
+             "config.json of model_type='llama' has no vocab_size, hidden_size"),
+    'shape': (reshaped, f'tensor {NORM} has shape (31,), config.json says (32,)'),
+    'vocabulary': (with_more_words, 'tokenizer.json has 72 tokens, the model only vocab_size=64; '
+                   'they do not belong together')}
+
+
+@pytest.mark.parametrize('kind', [
+    'architecture', *[pytest.param(kind, marks=pytest.mark.slow) for kind in list(DAMAGES)[1:]]])
+def test_a_checkpoint_that_is_no_model_of_ours(folder, tmp_path, kind):
+  damage, words = DAMAGES[kind]
   damage(folder / 'step100')
   said = refused('convert', f'--source={folder}', '--revision=step100',
                  f'--run_dir={tmp_path / "run"}')
@@ -64,6 +69,7 @@ def test_a_checkpoint_that_is_no_model_of_ours(folder, tmp_path, damage, words):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_pattern_that_matches_nothing(folder):
   assert refused('trajectory', 'list', f'{folder}@step9*').endswith(
       "no revision matches 'step9*'; of 1 the nearest are step100")

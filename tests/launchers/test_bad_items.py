@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from research.monitors import table
 from research.run_dir import RunDir
 from tests.launchers.test_launchers import launch
@@ -45,6 +47,7 @@ def test_they_are_refused_before_anything_is_written(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_they_are_left_out_by_choice_and_the_run_says_what_it_scores(tmp_path, monkeypatch):
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   run_dir = RunDir(tmp_path / 'run')
