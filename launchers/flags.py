@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import logging as stdlib_logging
+import os
 import pkgutil
+import select
 import signal
 import sys
 import types
@@ -146,6 +148,28 @@ def fail(error: Exception) -> None:
   sys.exit(2)
 
 
+def _is_unread() -> bool:
+  """Returns whether standard output is a pipe whose reader has gone, as `| head` does."""
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _until_unread(start: Callable[[], Any]) -> None:
+  """Runs what ends in SystemExit; where nobody reads its output any more, ends as by SIGPIPE."""
+  try:
+    try:
+      start()
+    except SystemExit:
+      sys.stdout.flush()  # Here, not while Python ends, what is left meets a closed pipe.
+      raise
+  except BrokenPipeError:
+    if not _is_unread():  # another pipe or a socket
+      raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
+
+
 def run(main: Callable[..., Any], words: tuple[str, ...] = ()) -> None:
   """Runs a launcher's main under absl; user errors end it with one sentence and code 2.
 
@@ -183,4 +207,4 @@ def run(main: Callable[..., Any], words: tuple[str, ...] = ()) -> None:
     except Exception as error:
       distributed.fail(f'{type(error).__name__}: {error}'.splitlines()[0], 1)
       raise
-  app.run(guarded, flags_parser=_parse)
+  _until_unread(lambda: app.run(guarded, flags_parser=_parse))

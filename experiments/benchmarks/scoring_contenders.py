@@ -21,6 +21,9 @@ N_WORDS, LENGTH, N_SHOTS = 1000, 512, 64
 SHOT_TOKENS = (2, 4, 6, 7)  # of a demonstration, by seed
 QUESTION_TOKENS = (8, 48)  # least and most
 TOLERANCE = 1e-4  # of engines in float32, absolute or relative
+_NEEDED = ('lm_eval', 'torch', 'transformers', 'accelerate')
+_FIND = ('import importlib.util, sys\n'
+         'print(*[name for name in sys.argv[1:] if not importlib.util.find_spec(name)])')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +120,27 @@ def _one(task: Task) -> dict[str, Scored]:
   return {name: scored(is_shared) for name, is_shared in SUITES.items()}
 
 
+def _check_interpreter(python: str) -> None:
+  """Raises UserError for a program that does not run, or lacks packages that the harness needs."""
+  try:
+    asked = subprocess.run([python, '-c', _FIND, *_NEEDED], capture_output=True, text=True,
+                           check=False)
+  except OSError as error:
+    raise UserError(f'{PYTHON}={python} cannot be run: {error.strerror}') from error
+  if asked.returncode:
+    raise UserError(f'{PYTHON}={python} is no Python that works: it ended with code '
+                    f'{asked.returncode}')
+  if missing := asked.stdout.split():
+    raise UserError(f"{PYTHON}={python} has no {', '.join(missing)}; pip install -e '.[interop]' "
+                    'into its environment')
+
+
 def _lm_eval(task: Task) -> dict[str, Scored] | Lacks:
   python = os.environ.get(PYTHON)
   if not python:
     return Lacks(f"{PYTHON} names no interpreter that has lm_eval and transformers; they are an "
                  "extra: pip install -e '.[interop]' into an environment of its own")
+  _check_interpreter(python)
   from models.interop.checkpoint import exported
   from models.interop.files import write_folder
   built, weights = _model(task)
@@ -138,8 +157,12 @@ def _lm_eval(task: Task) -> dict[str, Scored] | Lacks:
 
   def scored(name: str) -> Scored:
     def run() -> np.ndarray:
-      print(name, file=server.stdin, flush=True)
-      if server.stdout.readline().strip() != name:
+      try:
+        print(name, file=server.stdin, flush=True)
+        answer = server.stdout.readline().strip()
+      except BrokenPipeError:  # It ended before it was asked.
+        answer = ''
+      if answer != name:
         raise UserError(f'{python} {harness_scoring.__file__} ended; its message stands above')
       return np.load(folder / f'{name}.npy')
     return run

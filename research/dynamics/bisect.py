@@ -183,8 +183,8 @@ def suite_of(original: Original, overrides: list[tuple[str, str]]) -> list[Monit
   """Returns the items that the run was scored with, or those of a suite that overrides name."""
   config, changed = original.configured(overrides)
   if 'monitors.suite' in changed or not original.run_dir.monitor_items.exists():
-    return watch.suite_items(config, tokenizers.load(original.run_dir.tokenizer_json),
-                             original.manifest['start_id'])
+    tokenizer = tokenizers.load(original.run_dir.tokenizer_json)
+    return watch.read_suite(config, tokenizer, original.manifest['start_id']).items
   return table.read_item_table(original.run_dir.monitor_items)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -96,27 +97,24 @@ def check_items(items: Sequence[MonitorItem]) -> None:
 
 
 def write_items(items: Sequence[MonitorItem], path: str | pathlib.Path) -> None:
-  """Writes items as JSON lines or Parquet, by the suffix of `path`."""
+  """Writes items as JSON lines or Parquet, by the suffix of `path`.
+
+  Raises UserError where they cannot be written; a file that was there is then as it was.
+  """
   check_items(items)
+  check_path(path)
   path = pathlib.Path(path)
   rows = [dataclasses.asdict(item) for item in items]
-  if _suffix(path) == '.jsonl':
-    path.write_text(
-        ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), encoding='utf-8')
-  else:
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
-
-
-def read_items(path: str | pathlib.Path) -> list[MonitorItem]:
-  """Returns the items of a .jsonl or .parquet file.
-
-  Raises UserError when it is missing or damaged, and one that lists all items that are ill-formed.
-  """
-  items, left_out = sound_items(path)
-  if left_out:
-    raise UserError(refusal(left_out, len(items) + len(left_out)))
-  check_items(items)
-  return items
+  temporary = path.with_name(path.name + '.tmp')
+  try:
+    if path.suffix == '.jsonl':
+      temporary.write_text(
+          ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), encoding='utf-8')
+    else:
+      pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+    os.replace(temporary, path)
+  except OSError as error:
+    raise UserError(f'item file {path} cannot be written: {error.strerror or error}') from error
 
 
 def sound_items(path: str | pathlib.Path) -> tuple[list[MonitorItem], list[LeftOut]]:
@@ -153,19 +151,28 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields (file:row, object) of every row."""
   try:
     rows = pq.read_table(path).to_pylist()
-  except pa.ArrowInvalid as error:
+  except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
     raise UserError(f'item file {path} is not readable Parquet: {error}') from error
   for number, row in enumerate(rows, start=1):
     yield f'{path.name}:{number}', row
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields (file:line, value) of every line that is not blank, an error for what is no JSON."""
+  """Yields (file:line, value) of every line that is not blank, an error for what is no JSON.
+
+  Raises UserError for a file in another encoding: of its lines those in ASCII would be left.
+  """
   with path.open('rb') as lines:
     for number, line in enumerate(lines, start=1):
-      if line.strip():
+      try:
+        text = line.decode('utf-8-sig')  # Some editors begin files with a mark.
+      except UnicodeDecodeError as error:
+        raise UserError(f'item file {path} is not UTF-8 in line {number} '
+                        f'(0x{line[error.start]:02x}: {error.reason}); convert it to UTF-8'
+                        ) from error
+      if text.strip():
         try:
-          yield f'{path.name}:{number}', json.loads(line.decode('utf-8'))
+          yield f'{path.name}:{number}', json.loads(text)
         except ValueError as error:
           yield f'{path.name}:{number}', error
 
@@ -173,7 +180,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 def _item(row: Any, named: str) -> MonitorItem:
   """Returns the item of one row; columns that items don't have are refused."""
   if not isinstance(row, dict):
-    raise UnusableItem(named, f'not valid JSON in UTF-8: {row}' if isinstance(row, Exception) else
+    raise UnusableItem(named, f'not valid JSON: {row}' if isinstance(row, Exception) else
                        'not a JSON object')
   names = {field.name for field in dataclasses.fields(MonitorItem)}
   missing, unknown = names - {'is_control'} - set(row), set(row) - names
@@ -205,8 +212,13 @@ def check_path(path: str | pathlib.Path) -> None:
   """Raises UserError where items cannot be written to such a path."""
   path = pathlib.Path(path)
   _suffix(path)
+  if path.is_dir():
+    raise UserError(f'item file {path} is a folder; name a file in it')
   if not path.parent.is_dir():
-    raise UserError(f'the folder {path.parent} of item file {path.name} does not exist')
+    what = 'is a file' if path.parent.exists() else 'does not exist'
+    raise UserError(f'the folder {path.parent} of item file {path.name} {what}')
+  if not os.access(path.parent, os.W_OK):
+    raise UserError(f'the folder {path.parent} of item file {path.name} is not writable')
 
 
 def _suffix(path: pathlib.Path) -> str:

@@ -49,12 +49,6 @@ def read_suite(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | N
   return suite
 
 
-def suite_items(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None
-                ) -> list[MonitorItem]:
-  """Returns the items of `read_suite`."""
-  return read_suite(config, tokenizer, start_id).items
-
-
 def make_scorer(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | None, built: Build,
                 items: list[MonitorItem], kind: type[Scorer] = Scorer) -> Scorer:
   """Returns a scorer of `items` for the model of a build, rows spread over its data axes.

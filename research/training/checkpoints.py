@@ -165,7 +165,7 @@ class Checkpoints:
     Damaged ones that are newer are moved into `aside` and named; nothing is deleted.
 
     Raises:
-      UserError: none is sound.
+      UserError: none is sound, or a newer one cannot be read.
     """
     for step in reversed(self.steps):
       try:
@@ -214,6 +214,9 @@ def _damage(path: pathlib.Path, step: int, error: Exception) -> str | None:
   """Returns what is wrong with a checkpoint that could not be restored, None if it is not at fault.
 
   Of several processes only what all of them see alike counts: a hash, not a failed read.
+
+  Raises:
+    UserError: it cannot be read, which says nothing of what is in it.
   """
   if isinstance(error, stored.DamagedError) or jax.process_count() > 1:
     return str(error) if isinstance(error, stored.DamagedError) else None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -61,10 +62,22 @@ def _content(path: pathlib.Path) -> list[Any]:
 
 
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-  found = {str(file.relative_to(path)): file for file in sorted(path.rglob('*')) if file.is_file()}
+  """Returns all files but the list itself, by name; raises OSError for a folder that hides them."""
+  def unlisted(error: OSError):  # pathlib takes a folder that cannot be listed for an empty one.
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+      raise error
+  files = [pathlib.Path(folder) / name for folder, _, names in os.walk(path, onerror=unlisted)
+           for name in names]
+  found = {str(file.relative_to(path)): file for file in sorted(files) if file.is_file()}
   for name in (INVENTORY, f'{INVENTORY}.tmp'):
     found.pop(name, None)
   return found
+
+
+def _check_readable(path: pathlib.Path) -> None:
+  """Raises OSError where a file cannot be opened, which says nothing of what is in it."""
+  for file in _files(path).values():
+    file.open('rb').close()
 
 
 def write_inventory(path: pathlib.Path) -> None:
@@ -122,10 +135,12 @@ class StoredCheckpoint:
 
     Raises:
       DamagedError: it cannot be read or has another hash.
+      OSError: a file cannot be opened.
     """
     try:
       x = self.leaf(name).read().result()
-    except ValueError as error:  # Of TensorStore, missing files included.
+    except ValueError as error:  # Of TensorStore, missing files and those it may not open included.
+      _check_readable(self.path / name.partition('.')[0])
       raise DamagedError(f'cannot be read ({first_line(error)})') from error
     if hashed and hashes.digest(x) != hashed:
       raise DamagedError('does not have the content that was saved')
@@ -141,15 +156,29 @@ def _item(path: pathlib.Path, item: str) -> dict[str, Any]:
   return {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{path / item}/'}}
 
 
-def damage(path: pathlib.Path, step: int, look: Callable[[str, np.ndarray], None] | None = None
-           ) -> Iterator[Damage]:
+Look = Callable[[str, np.ndarray], None]
+
+
+def damage(path: pathlib.Path, step: int, look: Look | None = None) -> Iterator[Damage]:
   """Yields what is wrong with a checkpoint: its record, its files, every tensor against its hash.
 
   Args:
     path: the checkpoint's directory.
     step: the number that it stands under.
     look: called with name and content of each tensor that is sound.
+
+  Raises:
+    UserError: a file cannot be opened or read, or a folder not be listed: that is no damage.
   """
+  try:
+    yield from _damage(path, step, look)
+  except OSError as error:
+    raise UserError(f'checkpoint {path} cannot be read ({error}), so whether it is sound is not '
+                    'known; make it readable and repeat the command') from error
+
+
+def _damage(path: pathlib.Path, step: int, look: Look | None) -> Iterator[Damage]:
+  """Yields what `damage` does; raises OSError for a failed read."""
   yield from inventory_damage(path)
   try:
     record = read_record(path)
@@ -162,6 +191,7 @@ def damage(path: pathlib.Path, step: int, look: Callable[[str, np.ndarray], None
   try:
     names = stored.names()
   except ValueError as error:
+    _check_readable(path)
     yield Damage(path, '', f'cannot be listed ({first_line(error)})')
     return
   hashed = record.get('tensors', dict.fromkeys(names, ''))

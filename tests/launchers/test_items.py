@@ -8,7 +8,7 @@ import pandas as pd
 from research.data import tokenizers
 from research.monitors import table
 from research.monitors.encoding import encode_items
-from research.monitors.items import read_items
+from research.monitors.items import sound_items
 from research.monitors.scoring import Scores
 from research.monitors.small.config import SmallSuiteConfig
 from research.monitors.small.suite import small_suite
@@ -23,7 +23,7 @@ def test_the_suite_is_written(tmp_path):
   result = launch('items', f'--write={path}', '--config.monitors.small.families=successive,truthy',
                   '--config.monitors.small.levels=easy', '--config.monitors.small.contexts=3')
   assert result.returncode == 0, result.stderr
-  assert read_items(path) == small_suite(SIZE)
+  assert sound_items(path) == (small_suite(SIZE), [])
 
 
 def test_items_of_a_run_are_chosen(tmp_path):
@@ -41,13 +41,21 @@ def test_items_of_a_run_are_chosen(tmp_path):
                   f'--table={statistics}')
   assert result.returncode == 0, result.stderr
   assert 'truthy/truthy_easy: share 0.' in result.stdout
-  taken, odd = read_items(chosen), items[1::2]
+  (taken, _), odd = sound_items(chosen), items[1::2]
   assert len(taken) == 12 and all(item in odd for item in taken)
   assert collections.Counter(item.is_control for item in taken) == {False: 6, True: 6}
   frame = pd.read_csv(statistics)
   assert frame['item_id'].tolist() == [item.item_id for item in items]
   assert not frame['is_eligible'][::2].any()
   assert (frame['share'][::2] == 0).all()
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence():
+  result = launch('items', '--write=/proc/items.jsonl', '--config.monitors.small.families=truthy',
+                  '--config.monitors.small.contexts=3')  # where root may not write either
+  assert result.returncode == 2, result.stderr
+  assert result.stderr.startswith('error: ') and '/proc' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_senseless_flags_are_refused(tmp_path):

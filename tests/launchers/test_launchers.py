@@ -4,12 +4,14 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from research.run_dir import RunDir
+from tests.models import hf_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # All of them: a launcher that is not here has no --help that a test reads.
@@ -81,6 +83,19 @@ def test_trajectory_refuses_in_one_sentence(tmp_path, arguments, words):
   assert result.returncode == 2, (result.returncode, result.stderr)
   assert result.stderr.startswith('error: ') and words in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize('arguments', [('list', '{folder}'), ('--help',)])
+def test_a_reader_that_has_enough_ends_it_quietly(tmp_path, arguments):
+  """As `| head` does, and a pager that is left; the exit code is what shells give for SIGPIPE."""
+  hf_cases.write(tmp_path / 'step100', hf_cases.config_json('llama-default-untied'))
+  command = [sys.executable, '-m', 'launchers.trajectory',
+             *[argument.format(folder=tmp_path) for argument in arguments]]
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                        text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}) as process:
+    process.stdout.close()  # before anything is written
+    said = process.stderr.read()
+  assert (process.returncode, said) == (128 + signal.SIGPIPE, '')
 
 
 def test_batch_that_the_mesh_does_not_divide():

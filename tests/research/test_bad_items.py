@@ -1,6 +1,7 @@
 """Items that cannot be scored are listed by id: refused before anything runs, or left out."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -24,13 +25,17 @@ BAD = {
     "text '3 + soup! 7' cannot be tokenized": GOOD | {'prompt': '3 + soup!'}}
 
 
-@pytest.fixture
-def item_file(tmp_path):
-  """Bad items between two good ones; ids are bad 0, bad 1..."""
+def write_bad_items(path: pathlib.Path) -> pathlib.Path:
+  """Writes bad items between two good ones; ids are bad 0, bad 1..."""
   rows = [row | {'item_id': f'bad {i}'} for i, row in enumerate(BAD.values())]
   lines = [json.dumps(row) for row in (GOOD, *rows, GOOD | {'item_id': 'too'}, GOOD)]
-  (tmp_path / 'items.jsonl').write_text('\n'.join([*lines, '{"item_id": "torn']) + '\n')
-  return tmp_path / 'items.jsonl'
+  path.write_text('\n'.join([*lines, '{"item_id": "torn']) + '\n')
+  return path
+
+
+@pytest.fixture
+def item_file(tmp_path):
+  return write_bad_items(tmp_path / 'items.jsonl')
 
 
 def reasons() -> dict[str, str]:

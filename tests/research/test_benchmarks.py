@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 import time
@@ -269,6 +270,91 @@ def test_items_are_scored_alike_and_a_harness_that_nobody_named_is_lacked(monkey
     scoring_contenders.check(facts)
   monkeypatch.delenv(scoring_contenders.PYTHON, raising=False)
   assert scoring_contenders.PYTHON in scoring_contenders.start('lm_eval', task).reason
+
+
+# What stands for torch, transformers and the harness: it scores by the tokens that it is handed.
+STAND_INS = {
+    'torch.py': 'float32 = "float32"',
+    'accelerate.py': '',
+    'transformers.py': '''
+import json
+class AutoModelForCausalLM:
+  @classmethod
+  def from_pretrained(cls, folder, dtype):
+    cls.vocab_size = json.loads((folder / 'config.json').read_text())['vocab_size']
+    assert (folder / 'model.safetensors').is_file() and dtype == 'float32'
+    return cls()
+  def eval(self):
+    return self
+class PreTrainedTokenizerFast:
+  def __init__(self, tokenizer_file, eos_token, pad_token):
+    vocab = json.load(open(tokenizer_file))['model']['vocab']
+    assert eos_token in vocab and pad_token in vocab
+''',
+    'lm_eval/__init__.py': '', 'lm_eval/models/__init__.py': '',
+    'lm_eval/models/huggingface.py': '''
+class HFLM:
+  def __init__(self, pretrained, tokenizer, backend, batch_size, device):
+    assert pretrained.vocab_size == 1024 and (backend, batch_size, device) == ('causal', 3, 'cpu')
+  def _loglikelihood_tokens(self, requests, disable_tqdm):
+    assert len({text for text, _, _ in requests}) == len(requests)  # none is taken for another
+    value = lambda ids: sum((i + 1) * token for i, token in enumerate(ids))
+    return [(float(value(prompt) * 1000 + value(answer)), True) for _, prompt, answer in requests]
+'''}
+
+
+def interpreter(folder: pathlib.Path, setup: str, options: str = '') -> str:
+  """Writes a program that runs this Python after a line of the shell; returns its path."""
+  path = folder / 'python'
+  path.write_text(f'#!/bin/sh\n{setup}\nexec {sys.executable} {options} "$@"\n')
+  path.chmod(0o755)
+  return str(path)
+
+
+@pytest.fixture
+def harness_task(tmp_path):
+  shape = dataclasses.replace(SHAPE, length=scoring_contenders.LENGTH, vocab_size=1024)
+  return scoring_contenders.Task(shape, 4, n_answer=2, batch_rows=16, batch=3, folder=str(tmp_path))
+
+
+def with_stand_ins(folder: pathlib.Path, **others: str) -> str:
+  """Returns an interpreter that has the stand-ins, or others by name."""
+  for name, content in (STAND_INS | others).items():
+    (folder / 'stand_ins' / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / 'stand_ins' / name).write_text(content)
+  return interpreter(folder, f'export PYTHONPATH={folder / "stand_ins"}')
+
+
+def test_the_harness_is_handed_the_same_prompts_and_answers(harness_task, tmp_path, monkeypatch):
+  monkeypatch.setenv(scoring_contenders.PYTHON, with_stand_ins(tmp_path))
+  started = scoring_contenders.start('lm_eval', harness_task)
+  ids = {f'w{i}': i + 2 for i in range(scoring_contenders.N_WORDS)}  # after padding and end
+  value = lambda text: sum((i + 1) * ids[word] for i, word in enumerate(text.split()))
+  for suite, is_shared in (('shared', True), ('own', False)):
+    expected = [[value(item.prompt) * 1000 + value(answer) for answer in
+                 (item.generalizing, item.shortcut)] for item in harness_task.items(is_shared)]
+    np.testing.assert_array_equal(started.facts[suite], expected)
+    np.testing.assert_array_equal(started.steps[suite].run(), expected)  # asked again
+
+
+def test_a_harness_that_ends_is_one_sentence(harness_task, tmp_path, monkeypatch):
+  monkeypatch.setenv(scoring_contenders.PYTHON, with_stand_ins(
+      tmp_path, **{'lm_eval/models/huggingface.py': 'raise SystemExit("too old")'}))
+  with pytest.raises(UserError, match='harness_scoring.py ended; its message stands above'):
+    scoring_contenders.start('lm_eval', harness_task)
+
+
+@pytest.mark.parametrize('setup, options, words', [
+    ('', '-I -S', 'python has no lm_eval, torch, transformers, accelerate; pip install'),
+    ('exit 7', '', 'python is no Python that works: it ended with code 7'),
+    (None, '', 'python cannot be run: No such file or directory')])
+def test_a_wrong_interpreter_is_one_sentence(harness_task, tmp_path, monkeypatch, setup, options,
+                                             words):
+  path = str(tmp_path / 'python') if setup is None else interpreter(tmp_path, setup, options)
+  monkeypatch.setenv(scoring_contenders.PYTHON, path)
+  with pytest.raises(UserError, match=f'^{scoring_contenders.PYTHON}=.*{words}'):
+    scoring_contenders.start('lm_eval', harness_task)
+  assert not (tmp_path / 'model').exists()  # before anything is built
 
 
 def test_only_an_absent_pytorch_is_a_reason_to_skip():

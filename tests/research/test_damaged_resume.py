@@ -1,11 +1,18 @@
 """A run whose newest checkpoint is damaged goes on from the one before, and loses nothing."""
 
+import contextlib
 import json
+import os
+import pathlib
+import shutil
+import tempfile
 
 import jax
 import numpy as np
 import pytest
 
+from parallelism.mesh import make_mesh
+from research import build as build_lib
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.training import stored
@@ -77,6 +84,65 @@ def test_a_failure_that_is_not_the_checkpoints_fault_sets_nothing_aside(short_ru
   checkpoints.close()
   assert not isinstance(error.value, UserError)
   assert not short_run.set_aside.exists() and checkpoints.steps == [10, 20, 30]
+
+
+@contextlib.contextmanager
+def without_privileges():
+  """Root may read what modes forbid; inside, all threads of this process are nobody's."""
+  is_root = os.geteuid() == 0
+  if is_root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if is_root:
+      os.seteuid(0)
+
+
+@pytest.fixture
+def public_run(trained):
+  """A copy of the short run where everybody may read it."""
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    run_dir = RunDir(shutil.copytree(trained.path, pathlib.Path(folder) / 'run'))
+    for path in (run_dir.path, *run_dir.path.rglob('*')):
+      path.chmod(0o755 if path.is_dir() else 0o644)
+    yield run_dir
+
+
+def longest_file(path):
+  return max((path / 'params').rglob('*'), key=lambda file: file.stat().st_size)
+
+
+def unlisted(path):
+  """As where it was killed after saving: the tensors alone say what is in the files."""
+  (path / stored.INVENTORY).unlink()
+  return longest_file(path)
+
+
+@pytest.mark.parametrize('forbidden', [
+    longest_file, unlisted, lambda path: path / 'params', lambda path: longest_file(path).parent,
+    lambda path: path / stored.RECORD], ids=['file', 'unlisted', 'item', 'folder', 'record'])
+def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(
+    public_run, forbidden, quick_compilation):
+  config = short_config()
+  mesh = make_mesh(config.mesh)
+  built = build_lib.build(config, mesh, build_lib.resolve_numerics(config, mesh))
+  path = forbidden(public_run.checkpoints / '30')
+  mode = path.stat().st_mode
+  checkpoints = Checkpoints(public_run.checkpoints)
+  restored = lambda: checkpoints.restore_newest(built.abstract_state, public_run.set_aside)[0]
+  with without_privileges():
+    assert restored() == 30  # All that is needed may be read.
+  path.chmod(0)
+  with without_privileges(), pytest.raises(UserError) as refused:
+    restored()
+  assert str(path) in str(refused.value) and 'Permission denied' in str(refused.value)
+  assert 'whether it is sound is not known' in str(refused.value)
+  path.chmod(mode)
+  assert not public_run.set_aside.exists() and checkpoints.steps == [10, 20, 30]
+  assert restored() == 30
+  checkpoints.close()
 
 
 def test_a_parent_that_is_damaged_is_refused_by_name(short_run, tmp_path, quick_compilation):

@@ -269,6 +269,40 @@ def test_what_parity_leaves_open_is_no_hop():
       Curves(steps, contexts, loud_TC / 2 + 0.5, loud_TC)).datasets)
 
 
+@pytest.mark.parametrize('metric, center', [('margin', 0.0), ('accuracy', 0.5)])
+def test_a_hop_is_called_from_twice_the_tolerance_and_the_allowance_on(metric, center):
+  """Without noise that sum is the least change by the definition of a hop; noise adds little."""
+  contexts = tuple(Context('f', False, 'd', seed, 10) for seed in range(8))
+  random, tolerance = np.random.default_rng(12), {'d': 0.1}
+
+  def judged(change, parity=tolerance):
+    level_T = center + np.where(np.arange(60) < 30, -change / 2, change / 2)
+    values_TC = level_T[:, None] + 0.004 * random.standard_normal((60, 8))
+    row, = hops.hops_of_run(
+        Curves(np.arange(60) * 20, contexts, values_TC, values_TC), metric, parity).datasets
+    return row
+
+  below = detector.ALLOWANCE + 2 * 0.1
+  said = float(np.median([judged(0.5).least_detectable for _ in range(20)]))
+  assert below < said < below + 0.03
+  assert np.mean([len(judged(said).hops) == 1 for _ in range(40)]) >= 0.9
+  assert not any(judged(below).hops for _ in range(40))
+  assert all(len(judged(below, None).hops) == 1 for _ in range(5))  # the tolerance alone forbids it
+
+
+@pytest.mark.parametrize('metric', list(hops.METRICS))
+def test_a_dataset_is_blind_where_the_greatest_change_cannot_be_called(metric):
+  _, (low, high) = hops.METRICS[metric]
+  contexts = tuple(Context('f', False, 'd', seed, 10) for seed in range(4))
+  values_TC = np.where(np.arange(40) < 20, low, high)[:, None] * np.ones(4)
+  edge = (high - low - detector.ALLOWANCE) / 2  # of the tolerance, of levels without noise
+  for tolerance, is_blind in ((edge - 0.001, False), (edge + 0.001, True)):
+    row, = hops.hops_of_run(Curves(np.arange(40), contexts, values_TC, values_TC), metric,
+                            {'d': tolerance}).datasets
+    assert row.is_blind == is_blind and len(row.hops) == 1 - is_blind
+    np.testing.assert_allclose(row.least_detectable, detector.ALLOWANCE + 2 * tolerance)
+
+
 def test_change_points_are_where_levels_move():
   pytest.importorskip('ruptures')
   random = np.random.default_rng(8)

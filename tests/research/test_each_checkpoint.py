@@ -8,7 +8,7 @@ import pytest
 
 from experiments import sft
 from research.errors import UserError
-from research.monitors.items import read_items, write_items
+from research.monitors.items import sound_items, write_items
 from research.posttraining.each_checkpoint import chosen_steps, finetune_each
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader
@@ -36,7 +36,8 @@ def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run,
   with pytest.raises(UserError, match='step-00000010-seed0 was made with n_steps=3'):
     run(short_run, [20], [0], ('n_steps', '4'))
   fewer = path.parent / 'fewer.jsonl'
-  write_items(read_items(path.parent / 'items-seed0.jsonl')[1:], fewer)
+  items, _ = sound_items(path.parent / 'items-seed0.jsonl')
+  write_items(items[1:], fewer)
   with pytest.raises(UserError, match='was scored on other items than .*fewer.jsonl'):
     run(short_run, [10], [0], ('monitors.suite', str(fewer)))
   pd.testing.assert_frame_equal(found, pd.read_csv(path))

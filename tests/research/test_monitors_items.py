@@ -3,15 +3,25 @@
 import json
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from research.errors import UserError
 from research.monitors.items import (
-    LeftOut, MonitorItem, check_items, read_items, refusal, write_items)
+    LeftOut, MonitorItem, check_items, refusal, sound_items, write_items)
+from research.monitors.suite import Suite, settled
 
 ITEMS = [
     MonitorItem('a/0', 'flipped', 'a', 0, 'plain', 'naïve 雪 :', ' good', ' bad'),
     MonitorItem('b/1', 'flipped', 'b', 1, 'plain', 'two\nlines :', ' bad', ' good', True)]
+
+
+def read_items(path) -> list[MonitorItem]:
+  """Returns the items of a file where none may be left out, as suites are read."""
+  items = settled(Suite(*sound_items(path), []), 'refuse').items
+  check_items(items)
+  return items
 
 
 @pytest.mark.parametrize('name', ['items.jsonl', 'items.parquet'])
@@ -33,7 +43,7 @@ GOOD = dict(item_id='x', family='f', dataset='d', seed=0, variant='v', prompt='p
 
 
 @pytest.mark.parametrize('rows, message', [
-    ((GOOD, '{broken'), r'1 of 2 .*\n  not valid JSON in UTF-8: .*: items.jsonl:2\n'),
+    ((GOOD, '{broken'), r'1 of 2 .*\n  not valid JSON: .*: items.jsonl:2\n'),
     ((GOOD, [1]), r'not a JSON object: items.jsonl:2\n'),
     ((dict(GOOD, answer='g'),), r"unknown fields \['answer'\]: x\n"),
     (({k: v for k, v in GOOD.items() if k != 'seed'},), r"missing fields \['seed'\], .*: x\n"),
@@ -66,6 +76,53 @@ def test_missing_and_unknown_files_are_refused(tmp_path):
     read_items(tmp_path / 'items.parquet')
   with pytest.raises(UserError, match='no monitor items'):
     check_items([])
+
+
+ACCENTED = dict(GOOD, item_id='naïve', prompt='naïve')
+
+
+@pytest.mark.parametrize('encoding, words', [
+    ('latin-1', r'line 2 \(0xef: invalid continuation byte\); convert it to UTF-8$'),
+    ('utf-16', r'line 1 \(0xff: invalid start byte\); convert it to UTF-8$')])
+def test_a_file_in_another_encoding_is_refused_whole(tmp_path, encoding, words):
+  """Nor are its lines in ASCII left as a suite, whatever may be left out."""
+  text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in (GOOD, ACCENTED))
+  path = tmp_path / 'items.jsonl'
+  path.write_bytes(text.encode(encoding))
+  with pytest.raises(UserError, match=f'^item file {path} is not UTF-8 in {words}'):
+    sound_items(path)
+  path.write_bytes(text.encode('utf-8-sig'))
+  assert [item.prompt for item in read_items(path)] == ['p', 'naïve']
+
+
+def test_damaged_parquet_is_one_sentence(tmp_path):
+  path = tmp_path / 'items.parquet'
+  columns = {name: [value] for name, value in (GOOD | {'is_control': False}).items()}
+  bad = pa.array([b'na\xefve'], pa.binary()).view(pa.string())  # as a careless writer leaves it
+  pq.write_table(pa.table(columns | {'prompt': bad}), path)
+  with pytest.raises(UserError, match="items.parquet is not readable Parquet: 'utf-8' codec"):
+    sound_items(path)
+  pq.write_table(pa.table(columns), path)
+  content = bytearray(path.read_bytes())
+  content[4:40] = bytes(36)  # the first page; the footer is whole
+  path.write_bytes(content)
+  with pytest.raises(UserError, match='items.parquet is not readable Parquet: '):
+    sound_items(path)
+
+
+@pytest.mark.parametrize('name, words', [
+    ('none/items.jsonl', 'the folder .*none of item file items.jsonl does not exist'),
+    ('file/items.jsonl', 'the folder .*file of item file items.jsonl is a file'),
+    ('folder.jsonl', 'item file .*folder.jsonl is a folder; name a file in it'),
+    ('/proc/items.jsonl', 'item file /proc/items.jsonl cannot be written: |is not writable'),
+    ('/proc/items.parquet', 'item file /proc/items.parquet cannot be written: |is not writable')])
+def test_items_that_cannot_be_written_are_one_sentence(tmp_path, name, words):
+  (tmp_path / 'file').write_text('mine')
+  (tmp_path / 'folder.jsonl').mkdir()
+  with pytest.raises(UserError, match=words) as error:
+    write_items(ITEMS, tmp_path / name)
+  assert '\n' not in str(error.value)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder.jsonl']
 
 
 def test_all_bad_items_are_listed_and_the_first_shown():

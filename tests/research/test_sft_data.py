@@ -9,12 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from research import config as config_lib
+from research.config import ExperimentConfig
 from research.data import tokenizers
 from research.data.batches import batch_at, batches, heldout_batches, make_source
 from research.data.config import DataConfig, SftConfig
 from research.data.conversations import read_conversations
 from research.data.errors import DataError
-from research.data.templates import encode_exchange
+from research.data.templates import encode_exchange, start_token
+from research.errors import UserError
+from research.run_dir import RunDir
+from research.training.start import continued
 from tests.research.sft_cases import EOS, LENGTH, config_for, conversations, tokens_of, write
 
 
@@ -204,6 +209,39 @@ def test_named_special_tokens_are_saved_with_the_tokenizer(tmp_path):
   named = tokenizers.Tokenizer(plain.backend, {'eos': 'a'})
   named.save(tmp_path / 'tokenizer.json')
   assert tokenizers.load(tmp_path / 'tokenizer.json').eos_id == named.eos_id != plain.eos_id
+
+
+@pytest.fixture
+def parent(tmp_path) -> RunDir:
+  """What a finished run says of itself; its tokenizer's start token has a name of its own."""
+  run_dir, plain = RunDir(tmp_path / 'parent'), tokenizers.byte_tokenizer()
+  run_dir.path.mkdir()
+  run_dir.config_json.write_text(config_lib.as_json(ExperimentConfig()))
+  tokenizers.Tokenizer(plain.backend, {'bos': 'g'}).save(run_dir.tokenizer_json)
+  return run_dir
+
+
+@pytest.mark.parametrize('start_id, name', [(ord('g'), 'bos'), (EOS, 'eos'), (None, 'none')])
+def test_conversations_begin_as_the_parents_documents(parent, path, start_id, name):
+  parent.manifest_json.write_text(json.dumps({'start_id': start_id}))
+  config = continued(ExperimentConfig(data=config_for(path, 1)), str(parent.path))
+  assert config.data.sft.begins_with == name
+  assert start_token(tokenizers.load(config.data.sft.tokenizer), name) == start_id
+  first = batch_at(source_of(config.data), 1, 0)['tokens'][0, 0]
+  assert first in ([start_id] if start_id is not None else [ord('u'), ord('s')])  # of a role's text
+
+
+def test_a_start_token_without_a_name_is_refused_and_its_name_is_the_cure(parent, path):
+  parent.manifest_json.write_text(json.dumps({'start_id': ord('g')}))
+  named = parent.tokenizer_json.with_name('tokenizer_config.json')
+  content = named.read_text()
+  named.unlink()  # Of the usual names the byte tokenizer has those of other tokens.
+  base = ExperimentConfig(data=config_for(path, 1))
+  with pytest.raises(UserError, match=f'token {ord("g")} began the documents of the parent, but .* '
+                     'names it neither bos nor eos; put its tokenizer_config.json beside'):
+    continued(base, str(parent.path))
+  named.write_text(content)
+  assert continued(base, str(parent.path)).data.sft.begins_with == 'bos'
 
 
 def test_real_samples(shared_data):

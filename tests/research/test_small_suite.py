@@ -21,7 +21,7 @@ from research.monitors.items import check_items
 from research.monitors.small.config import FAMILIES, LEVELS, SmallSuiteConfig
 from research.monitors.small.statements import MISCONCEPTIONS, SURPRISING
 from research.monitors.small.suite import fitting_suite, small_suite
-from research.monitors.watch import suite_items
+from research.monitors.watch import read_suite
 from tests.research import small_suite_solvers as solvers
 from tests.research.small_suite_solvers import (
     answers, earliest, is_plainly_true, last_shown, latest, majority, meaning, solved,
@@ -253,7 +253,7 @@ def test_a_config_chooses_the_suite_and_a_short_context_is_refused():
   config = overrides.apply(ExperimentConfig(), [
       ('monitors.suite', 'small'), ('model.context_length', '4096'),
       ('monitors.small.contexts', '2'), ('monitors.small.levels', 'easy')])
-  items = suite_items(config, tokenizer, None)
+  items = read_suite(config, tokenizer, None).items
   assert items == small_suite(SmallSuiteConfig(contexts=2, levels=('easy',)))
   with pytest.raises(UserError, match='leave families or levels out'):
     suite_items(overrides.apply(config, [('model.context_length', '100')]), tokenizer, None)
