@@ -218,6 +218,23 @@ def test_simple_heuristics_do_not_generalize(family, heuristics):
     assert np.mean(right) <= 0.5 + 1 / np.sqrt(len(items)), heuristic.__name__
 
 
+def test_liking_an_answer_for_itself_earns_nothing():
+  """Small numbers, early letters, short words: what a model prefers before it can do anything."""
+  place = {word: i for i, word in enumerate([*solvers.NUMBERS, *solvers.ORDERS['letters']])}
+  likings = {'small': lambda answer: (int(answer) if answer.isdigit() else place.get(answer, 0)),
+             'early': lambda answer: answer, 'short': len}
+  items = small_suite(SmallSuiteConfig(families=FAMILIES[:-1], contexts=36, shots=8))
+  datasets = collections.defaultdict(list)
+  for item in items:
+    datasets[item.dataset].append(answers(item))
+  for name, pairs in datasets.items():
+    for liking, worth in likings.items():
+      liked = [np.sign(worth(shortcut) - worth(generalizing)) if liking != 'early' else
+               1 if generalizing < shortcut else -1 for generalizing, shortcut in pairs]
+      # Nothing where pairs mirror each other, else three standard errors of chance.
+      assert abs(np.mean(liked)) <= 3 / np.sqrt(len(liked)), (name, liking)
+
+
 def test_labels_are_balanced():
   for family in ('flipped', 'truthy'):
     contexts = collections.defaultdict(collections.Counter)
@@ -259,8 +276,16 @@ def test_a_config_chooses_the_suite_and_a_short_context_is_refused():
       SmallSuiteConfig(contexts=2, shots=shots))) for shots in (8, 16)}
   with pytest.raises(UserError, match=r'needs \d+ tokens.*--config.monitors.small.shots=8 fits'):
     fitting_suite(SmallSuiteConfig(contexts=2), tokenizer, needs[8] + 8, None)
-  with pytest.raises(UserError, match='leave families or levels out'):
-    fitting_suite(SmallSuiteConfig(contexts=2), tokenizer, 100, None)
+  longest = {family: max(len(item.prompt + max(item.generalizing, item.shortcut, key=len)) - 1
+                         for item in small_suite(SmallSuiteConfig(contexts=2, shots=8))
+                         if item.family == family) for family in FAMILIES}
+  middle = sorted(longest.values())[2]
+  fitting = ','.join(family for family in FAMILIES if longest[family] <= middle)
+  with pytest.raises(UserError, match=f'families={fitting} --config.monitors.small.shots=8 fits, '
+                                      f'all need {max(longest.values())}$'):
+    fitting_suite(SmallSuiteConfig(contexts=2), tokenizer, middle, None)
+  with pytest.raises(UserError, match=f'no family fits; .* needs {min(longest.values())}$'):
+    fitting_suite(SmallSuiteConfig(contexts=2), tokenizer, 20, None)
 
 
 def test_the_most_demonstrations_can_be_drawn():
