@@ -8,6 +8,7 @@ from research.dynamics.analysis import LEAST_CONTROL_ITEMS, Analysis, Dataset
 from research.dynamics.detector import DWELL, LEAST_CONTEXTS
 from research.dynamics.hops import least_checkpoints
 from research.dynamics.states import State
+from research.monitors.items import MATCHED
 from research.reports.records import Records
 
 MOST_NAMED = 8  # datasets in one sentence; the tables name them all
@@ -118,7 +119,7 @@ def remarks(analysis: Analysis, records: Records) -> list[str]:
   said = []
   if records.n_steps and not records.is_finished:
     said.append(f'The run is in progress: step {records.last_step:,} of {records.n_steps:,}.')
-  said += _variants(analysis) + _other_datasets(analysis) + _least(analysis)
+  said += _variants(analysis) + _other_datasets(analysis) + _able(analysis) + _least(analysis)
   if len(analysis.steps) and analysis.datasets:
     said.append(control_sentence(analysis))
   restless = sum(len(d.judged.hops) - d.n_hops for d in analysis.datasets if d.judged)
@@ -173,6 +174,17 @@ def _other_datasets(analysis):
              'mixed': 'ended in between, without a hop'}
   return [f'{named(groups[kind])} {phrase}.' for kind, phrase in phrases.items()
           if kind in groups]
+
+
+def _able(analysis):
+  """What the model can do where no shallow rule competes, of datasets with controls of their own."""
+  own = [dataset for dataset in analysis.control_datasets if dataset.name.endswith(MATCHED)]
+  able = [dataset.name.removesuffix(MATCHED) for dataset in own if dataset.accuracy.low[-1] > 0.5]
+  if not own:
+    return []
+  names = f' ({listing([title(name) for name in able])})' if 0 < len(able) <= MOST_NAMED else ''
+  return [f'{len(able)} of {len(own)} own controls end above chance by their 95% intervals{names}; '
+          f'of {len(own)} at chance {len(own) / 40:.0f} would.']
 
 
 def _least(analysis):

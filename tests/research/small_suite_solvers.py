@@ -110,10 +110,10 @@ KEYS = {
     'cooking': 'potatoes pie eggs onions soup chicken carrots stew',
     'music': 'violin choir piano song orchestra trumpet melody symphony',
     'money': 'loan bank shares interest company tax mortgage dollars'}
-GOOD_LABELS, POOR_LABELS = ('positive', 'good', 'happy'), ('negative', 'bad', 'sad')
+GOOD_LABELS, POOR_LABELS = ('positive', 'good', 'yes'), ('negative', 'bad', 'no')
 TEXTS = {  # (text, label) in the three wordings of opinions and of topics
     'review': r'Review: (.+)\nSentiment:', 'topic': r'Text: (.+)\nTopic:', 'arrow': r'(.+) ->',
-    'question': r'Q: [^?]+\? (.+)\nA:'}
+    'question': r'Q: (?:Is [^?]+\? )?(.+?)(?: Is this praise\?)?\nA:'}
 
 
 def meaning(text: str, labels: set[str]) -> str:
