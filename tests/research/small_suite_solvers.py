@@ -104,7 +104,7 @@ def answers(item) -> tuple[str, str]:
 GOOD = set('wonderful brilliant delightful moving excellent superb charming clever beautiful '
            'fantastic delicious tasty perfect lovely great heavenly amazing'.split())
 POOR = set('terrible boring awful dull horrible stupid dreadful poor ugly disappointing disgusting '
-           'bland burnt stale nasty bad rotten'.split())
+           'bland burnt stale nasty tasteless rotten'.split())
 KEYS = {
     'sport': 'goal tennis marathon ball hockey boxing coach race',
     'cooking': 'potatoes pie eggs onions soup chicken carrots stew',

@@ -131,6 +131,7 @@ def test_flipped_labels_are_flipped_and_balanced():
     labels = set(answers(item))
     assert none == '' and labels == {label for _, label in shown}
     assert text not in [sentence for sentence, _ in shown]
+    assert not labels & set(re.findall(r'\w+', text.lower()))  # no answer to copy
     for sentence, label in shown:
       assert (label == meaning(sentence, labels)) == item.is_control
     generalizing, _ = answers(item)

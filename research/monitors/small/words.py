@@ -45,7 +45,7 @@ MEAL_WORDS = {
     'positive': ('delicious', 'tasty', 'excellent', 'wonderful', 'perfect', 'lovely', 'superb',
                  'great', 'heavenly', 'amazing'),
     'negative': ('disgusting', 'bland', 'awful', 'horrible', 'terrible', 'burnt', 'stale', 'nasty',
-                 'bad', 'rotten')}
+                 'tasteless', 'rotten')}
 
 # Each cue belongs to one topic; the people and times to none.
 PEOPLE = ('She', 'He', 'My sister', 'The young man', 'Our neighbor', 'A friend of mine',
