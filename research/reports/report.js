@@ -286,9 +286,15 @@
     }
   });
   setTheme(matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
-  const visible = charts.filter(c => !c.element.closest('details:not([open])'));
-  visible.forEach(draw);
-  showCursor(null);
+  /* One chart at a time, so that the page can be read while a hundred of them are drawn. */
+  const waiting = charts.filter(c => !c.element.closest('details:not([open])'));
+  const drawNext = () => {
+    const chart = waiting.shift();
+    if (chart && !chart.drawn) draw(chart);
+    showCursor(null);
+    if (waiting.length) setTimeout(drawNext); else document.body.dataset.ready = 'yes';
+  };
+  drawNext();
   document.querySelectorAll('details.charts').forEach(fold => {
     fold.addEventListener('toggle', () => {
       if (!fold.open) return;
@@ -326,5 +332,4 @@
     row.addEventListener('click', go);
     row.addEventListener('keydown', event => { if (event.key === 'Enter') go(); });
   });
-  document.body.dataset.ready = 'yes';
 })();

@@ -9,8 +9,10 @@ from research.monitors.items import MonitorItem
 from research.monitors.small.config import MOST_ITEMS, SmallSuiteConfig
 from research.monitors.small.drawing import (
     Context, Question, Rivals, Wording, context_items, drawn, rng_of, truthful)
-from research.monitors.small.words import BY_FIRST_LETTER, LETTERS, NUMBER_WORDS
+from research.monitors.small.words import (
+    BY_FIRST_LETTER, LETTERS, NUMBER_WORDS, NUMBERS_BY_FREQUENCY)
 
+_RANKS = {name: i for i, name in enumerate(NUMBERS_BY_FREQUENCY)}
 PER_ANSWER = 40  # questions kept of each answer
 
 Pool = Mapping[str, Sequence[Question]]
@@ -113,8 +115,8 @@ def _contexts(pool: Pool, rng: random.Random, seed: int, n_shown: int) -> tuple[
   """Returns a run of answers that the question breaks, and the same questions after no run.
 
   The right answer and its rival, the run's next, are both unseen in either. Right answers come in
-  pairs, one from before the run and one from behind its next: models like some answers for
-  themselves, small numbers above all, and that must not look like a rule.
+  pairs, one commoner than the rival and one rarer: models like common words and small numbers for
+  themselves, and that must not look like a rule.
   """
   order = list(pool)
   start = rng.choice([start for start in range(len(order) - n_shown)
@@ -133,12 +135,16 @@ def _contexts(pool: Pool, rng: random.Random, seed: int, n_shown: int) -> tuple[
 
 
 def _candidates(order: Sequence[str], start: int, n_shown: int) -> tuple[list[str], list[str]]:
-  """Returns the answers before a run and behind its next; of numbers, those as long as the next."""
+  """Returns the answers outside a run and its next that are commoner than the next, and rarer ones.
+
+  Numbers are as long as the next; those in digits and letters are the rarer the later they come.
+  """
   shortcut = order[start + n_shown]
-  before, behind = ([answer for answer in part
-                     if not answer.isdigit() or len(answer) == len(shortcut)]
-                    for part in (order[:start], order[start + n_shown + 1:]))
-  return before, behind
+  rank = _RANKS.get if shortcut in _RANKS else order.index
+  others = [answer for i, answer in enumerate(order) if not start <= i <= start + n_shown
+            and (not answer.isdigit() or len(answer) == len(shortcut))]
+  return ([answer for answer in others if rank(answer) < rank(shortcut)],
+          [answer for answer in others if rank(answer) > rank(shortcut)])
 
 
 def _out_of_sequence(rng: random.Random, order: Sequence[str], free: Sequence[str], n: int

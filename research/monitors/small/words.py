@@ -4,6 +4,11 @@ NUMBER_WORDS = (
     'zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten',
     'eleven', 'twelve', 'thirteen', 'fourteen', 'fifteen', 'sixteen', 'seventeen', 'eighteen',
     'nineteen', 'twenty')
+# Commonest first, about as in English text.
+NUMBERS_BY_FREQUENCY = (
+    'one', 'two', 'three', 'four', 'five', 'six', 'ten', 'seven', 'eight', 'twenty', 'nine',
+    'twelve', 'fifteen', 'eleven', 'eighteen', 'fourteen', 'sixteen', 'thirteen', 'zero',
+    'seventeen', 'nineteen')
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 
 BY_FIRST_LETTER = {
