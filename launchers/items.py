@@ -7,11 +7,14 @@ r"""Writes monitor items to a file: the small-scale suite, or those of a run tha
   python -m launchers.items --statistics_of=runs/text,runs/wider --choose=500 --write=chosen.parquet
 
 The first two write what --config.monitors.suite=small scores. The third prints for every dataset
-the share of checkpoints that prefer the generalizing answer, and how difficult and discriminating
-items are (two-parameter logistic model; runs of the same items are fitted together); --table has a
-row per item. --choose takes items that the last checkpoint of the last run gets neither always
-right nor always wrong, in equal shares of controls, families, datasets and wordings. A file of items
-is a suite: --config.monitors.suite=chosen.parquet.
+its accuracy at the first and the last checkpoint with 95% intervals over demonstration contexts,
+the share of generalizing answers over all checkpoints, and how difficult and discriminating items
+are, the middle 80% of them (two-parameter logistic model; runs of the same items are fitted
+together); --table has a row per item. --choose leaves out the tasks that the last four checkpoints
+do by chance (dataset and control alike), and of the others takes items that are neither always
+right nor always wrong, in equal shares of controls, families, datasets and wordings. A file of
+items is a suite: where a run's command is repeated with --config.monitors.suite=chosen.parquet, its
+stored snapshots are scored with it, and the earlier scores are kept beside.
 """
 
 from absl import flags
@@ -55,7 +58,7 @@ def _of_runs() -> list[MonitorItem]:
   """Prints the statistics of runs; returns the items that were chosen, or all."""
   items, right = item_statistics.responses([RunDir(path) for path in STATISTICS_OF.value])
   found = item_statistics.item_statistics(items, right)
-  print(*item_statistics.described(items, found), sep='\n')
+  print(*item_statistics.described(items, right, found), sep='\n')
   if TABLE.value:
     item_statistics.write_statistics(items, found, TABLE.value)
   return item_statistics.choose(items, found, CHOOSE.value) if CHOOSE.value else items

@@ -47,7 +47,7 @@ class Analysis:
   """Everything that the monitors of one run say."""
 
   steps: np.ndarray
-  datasets: tuple[Dataset, ...]  # without the controls; most hops first
+  datasets: tuple[Dataset, ...]  # without the controls; most hops first, then by family
   controls: ControlState | None  # all control items together
   control_datasets: tuple[Dataset, ...]
   control_states: dict[str, ControlState]  # by dataset
@@ -89,7 +89,7 @@ def analyze(curves: Curves, parity: Mapping[str, float] | None = None,
       steps=curves.steps,
       datasets=tuple(sorted((dataset for dataset in datasets if not dataset.is_control),
                             key=lambda dataset: (-dataset.n_hops, dataset.judged is None,
-                                                 dataset.name))),
+                                                 dataset.family, dataset.name))),
       controls=controls_of(whole), control_datasets=controls,
       control_states={dataset.name: controls_of(whole, dataset.name) for dataset in controls},
       hops=found)

@@ -20,6 +20,7 @@ from research.training.logs import read_rows
 
 STRIP = 96  # characters of a strip of states, at most
 TOLD_CHANGE = 0.2  # of a level of the margin; smaller ones are in hops.json alone
+MOST_SILENT = 6  # datasets of which nothing is to be told and that have lines of their own
 MARKS = {State.GENERALIZING: '+', State.UNCERTAIN: '.', State.PATTERN: '-'}
 _TOWARDS = {1: 'generalizing', -1: 'pattern'}
 
@@ -91,8 +92,16 @@ def told(analysis: Analysis, found: Mapping[str, Any]) -> str:
            f'{found["steps"]["last"]:,}; a hop is held for {detector.DWELL} on either side. '
            f'{MARKS[State.GENERALIZING]} generalizing, {MARKS[State.PATTERN]} pattern, '
            f'{MARKS[State.UNCERTAIN]} uncertain']
+  silent = [dataset for dataset in found['datasets'] if _is_silent(dataset)]
+  silent = silent if len(silent) > MOST_SILENT else []
   for dataset in found['datasets']:
-    lines += ['', *_told_dataset(dataset, strip(rows[dataset['name']].states), found['metric'])]
+    if dataset not in silent:
+      lines += ['', *_told_dataset(dataset, strip(rows[dataset['name']].states), found['metric'])]
+  if silent:
+    least = [dataset['least_detectable'] for dataset in silent]
+    lines += ['', f'{len(silent)} datasets are uncertain at every checkpoint; least detectable hop '
+              f'{min(least):.2f} to {max(least):.2f} in {found["metric"]}:',
+              f'  {", ".join(dataset["name"] for dataset in silent)}']
   lines += ['', *_told_run(found)]
   return '\n'.join(lines)
 
@@ -167,6 +176,14 @@ def _rate(analysis: Analysis, steps: list[int], tokens: Mapping[int, int]) -> di
   return {'confirmed': sum(hop.is_confirmed for hop in hops), 'n_datasets': len(judged),
           'tokens': last - first, 'per_billion_tokens': round(rate, 3), 'low': round(low, 3),
           'high': round(high, 3)}
+
+
+def _is_silent(row: Mapping[str, Any]) -> bool:
+  """Returns whether there is nothing to tell: no state, no hop, and that not for blindness."""
+  changes = [change for change in row['margin_changes'] or ()
+             if abs(change['change']) >= TOLD_CHANGE]
+  return row['occupancy'][State.UNCERTAIN.name] == 1 and not (
+      row['hops'] or changes or row['is_blind'])
 
 
 def _told_dataset(row: Mapping[str, Any], states: str, metric: str) -> list[str]:

@@ -62,9 +62,12 @@ def measure(run_dir: RunDir, steps: Sequence[int]) -> Parity:
         config, model=dataclasses.replace(config.model, compute_dtype=way))
     built = build_lib.build(computed, mesh, manifest['numerics'])
     scorer = watch.make_scorer(computed, tokenizer, manifest['start_id'], built, items)
-    scores = [watch.score_snapshot(scorer, built,
-                                   built.place_params(reader.params(step, built.params)))
-              for step in steps]
+    scores = []
+    for step in steps:
+      print(f'parity: {len(items):,} items of snapshot {step} in {way}, '
+            f'[{len(margins) * len(steps) + len(scores) + 1}/{len(WAYS) * len(steps)}]', flush=True)
+      scores.append(watch.score_snapshot(
+          scorer, built, built.place_params(reader.params(step, built.params))))
     margins.append(np.stack([table.margins(one) for one in scores]))
   parity = compare(steps, [item.dataset for item in items], *margins)
   write_whole(run_dir.parity_json,

@@ -19,6 +19,7 @@ from scipy.special import expit, log_expit
 
 from research.errors import UserError
 from research.monitors import table
+from research.monitors.chance import FALSE_DISCOVERIES, Level, chance_of_tasks, levels
 from research.monitors.items import MonitorItem
 from research.run_dir import RunDir, write_whole
 
@@ -27,6 +28,7 @@ NODES = np.linspace(-5, 5, 41)  # abilities that are summed over
 PRIOR = ((1.0, 1.0), (0.0, 3.0))
 LEAST_CHECKPOINTS = 4
 LEAST_DISCRIMINATION = 0.3
+RECENT = 4  # checkpoints up to the model's that tell whether it is at chance
 OFF_FLOOR = 0.1  # probability of the generalizing answer, and of the shortcut, at least
 _SWEEPS, _NEWTON_STEPS, _TOLERANCE = 500, 8, 1e-5
 
@@ -53,6 +55,7 @@ class Statistics(NamedTuple):
     correlation: point-biserial, of the item with the share of the other items of its group; NaN
       where either never changes.
     probability: of the generalizing answer at the ability of the model that is chosen for.
+    chance: false-discovery rate at which that model does the item's task otherwise than by chance.
   """
 
   share: np.ndarray
@@ -60,6 +63,7 @@ class Statistics(NamedTuple):
   discrimination: np.ndarray
   correlation: np.ndarray
   probability: np.ndarray
+  chance: np.ndarray
 
 
 def responses(run_dirs: Sequence[RunDir]) -> tuple[list[MonitorItem], np.ndarray]:
@@ -103,7 +107,10 @@ def item_statistics(items: Sequence[MonitorItem], right_TI: np.ndarray, model: i
   groups = collections.defaultdict(list)
   for i, item in enumerate(items):
     groups[item.family, item.is_control].append(i)
-  found = Statistics(right_TI.mean(0), *(np.empty(len(items)) for _ in range(4)))
+  model = range(n_checkpoints)[model]
+  recent_TI = right_TI[max(0, model + 1 - RECENT):model + 1]
+  found = Statistics(right_TI.mean(0), *(np.empty(len(items)) for _ in range(4)),
+                     chance_of_tasks(items, recent_TI))
   for members in groups.values():
     fitted = fit(right_TI[:, members])
     found.difficulty[members] = fitted.difficulty
@@ -177,13 +184,14 @@ def rest_correlation(right_TI: np.ndarray) -> np.ndarray:
 def eligible(items: Sequence[MonitorItem], statistics: Statistics) -> np.ndarray:
   """Returns which items tell something about the model that they are chosen for, bool (I,).
 
-  Off the floor and the ceiling, with a discrimination above LEAST_DISCRIMINATION that is not the
-  prior's alone: the correlation with the rest of the group is positive too, so what never changed
-  is left out. Controls may be at the ceiling, where whatever they fall from is seen, and need not
+  Their task is not done by chance. Off the floor and the ceiling, with a discrimination above
+  LEAST_DISCRIMINATION that is not the prior's alone: the correlation with the rest of the group is
+  positive too, so what never changed is left out. Controls may be at the ceiling, where whatever they fall from is seen, and need not
   discriminate, but some checkpoint got them right.
   """
   is_control = np.array([item.is_control for item in items])
-  off_floor = (statistics.probability >= OFF_FLOOR) & (statistics.share > 0)
+  off_floor = ((statistics.probability >= OFF_FLOOR) & (statistics.share > 0)
+               & (statistics.chance <= FALSE_DISCOVERIES))
   between = off_floor & (statistics.probability <= 1 - OFF_FLOOR)
   telling = (between & (statistics.discrimination > LEAST_DISCRIMINATION)
              & (statistics.correlation > 0))
@@ -202,8 +210,11 @@ def choose(items: Sequence[MonitorItem], statistics: Statistics, n: int) -> list
   good = np.flatnonzero(eligible(items, statistics))
   if not 0 < n <= len(good):
     advice = f'choose 1 to {len(good)}' if len(good) else 'take easier or harder ones'
+    at_chance = len({item.dataset for item, rate in zip(items, statistics.chance, strict=True)
+                     if rate > FALSE_DISCOVERIES})
     raise UserError(f'{n} items cannot be chosen: {len(good)} of {len(items)} are off the floor '
-                    f'and ceiling of this model; {advice}')
+                    f'and ceiling of this model, which does {at_chance} of '
+                    f'{len({item.dataset for item in items})} datasets by chance; {advice}')
   answers = collections.defaultdict(set)
   for item in items:
     answers[item.dataset].add(item.generalizing)
@@ -216,16 +227,31 @@ def choose(items: Sequence[MonitorItem], statistics: Statistics, n: int) -> list
   return [items[i] for i in sorted(_in_turns(sorted(good, key=key), takes_turns)[:n])]
 
 
-def described(items: Sequence[MonitorItem], statistics: Statistics) -> list[str]:
-  """Returns one line per dataset: medians over its items, and how many are eligible."""
+def described(items: Sequence[MonitorItem], right_TI: np.ndarray, statistics: Statistics
+              ) -> list[str]:
+  """Returns a table of datasets as lines: accuracies with intervals, ranges of the statistics."""
   good, members = eligible(items, statistics), collections.defaultdict(list)
   for i, item in enumerate(items):
     members[item.family, item.dataset].append(i)
-  return [
-      f'{family}/{dataset}: share {np.mean(statistics.share[these]):.3f}, difficulty '
-      f'{np.median(statistics.difficulty[these]):+.2f}, discrimination '
-      f'{np.median(statistics.discrimination[these]):.2f}, {good[these].sum()} of {len(these)} '
-      'items off floor and ceiling' for (family, dataset), these in members.items()]
+  first, last = levels(items, right_TI[:1]), levels(items, right_TI[-1:])
+  width = max(len(f'{family}/{dataset}') for family, dataset in members)
+  lines = [f'{"dataset":{width}}  accuracy at first    and last checkpoint   share difficulty     '
+           'discrimination eligible']
+  for (family, dataset), these in members.items():
+    ranges = ['{:+.1f} to {:+.1f}'.format(*np.quantile(values[these], (0.1, 0.9)))
+              for values in (statistics.difficulty, statistics.discrimination)]
+    at_chance = ' at chance' if statistics.chance[these[0]] > FALSE_DISCOVERIES else ''
+    lines.append(
+        f'{f"{family}/{dataset}":{width}}  {_told(first[dataset])}  {_told(last[dataset])}  '
+        f'{np.mean(statistics.share[these]):.3f} {ranges[0]:14} {ranges[1]:14} '
+        f'{good[these].sum():>4} of {len(these)}{at_chance}')
+  return lines
+
+
+def _told(one: Level) -> str:
+  """Returns a level with its interval in 20 characters."""
+  interval = '' if np.isnan(one.low) else f'[{max(one.low, 0):.2f}, {min(one.high, 1):.2f}]'
+  return f'{one.mean:.3f} {interval:14}'
 
 
 def write_statistics(items: Sequence[MonitorItem], statistics: Statistics,

@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import time
 from typing import Any
 
 from research.build import Build
@@ -17,6 +18,7 @@ from research.monitors.small.suite import fitting_suite, small_suite
 from research.monitors.suite import Suite, described, scorable, settled, write_left_out
 from research.monitors.suspects import Suspects
 from research.run_dir import RunDir
+from research.training.logs import duration
 from research.training.snapshots import SnapshotReader, cast
 from research.training.divisions import replicas
 
@@ -83,6 +85,24 @@ def _move_aside(run_dir: RunDir, kept: int) -> None:
       path.rename(aside / path.name)
 
 
+class _Progress:
+  """Says every few seconds how many stored snapshots are scored and how long the rest takes."""
+
+  SECONDS = 5.0
+
+  def __init__(self, n_steps: int):
+    self._n_steps, self._n_done = n_steps, 0
+    self._began = self._said = time.monotonic()
+
+  def __call__(self, step: int) -> None:
+    self._n_done, now = self._n_done + 1, time.monotonic()
+    if now - self._said >= self.SECONDS or self._n_done == self._n_steps:
+      self._said = now
+      left = (now - self._began) / self._n_done * (self._n_steps - self._n_done)
+      print(f'monitors: step {step} scored, [{self._n_done}/{self._n_steps}] of the stored '
+            f'snapshots, {duration(left)} left', flush=True)
+
+
 class Watch:
   """Scores every snapshot while training runs, and counts suspected hops."""
 
@@ -112,11 +132,14 @@ class Watch:
     scored = set(table.score_steps(self._folder))
     reader = SnapshotReader(run_dir.snapshots)
     # Snapshots after `kept` are still on the disk here, and will be made and scored again.
-    for step in sorted(scored | {step for step in reader.steps if step <= kept}):
+    stored = {step for step in reader.steps if step <= kept}
+    progress = _Progress(len(stored - scored))
+    for step in sorted(scored | stored):
       if step in scored:
         self._remember(step, table.read_scores(scored_path(run_dir, step))[1])
       else:
         self.score(step, built.place_params(reader.params(step, built.params)))
+        progress(step)
 
   def score(self, step: int, stored: Any) -> dict[str, float]:
     """Writes the scores of a snapshot; returns the accuracy of every dataset."""
@@ -127,6 +150,22 @@ class Watch:
       self._published.write(step, stored)
     table.write_scores(self._folder, step, scores)
     return table.dataset_means(self._remember(step, scores), 'accuracy')
+
+  def cost(self, step_tokens: int, every: int) -> str:
+    """Returns in words what a snapshot of a monitored run costs beside training.
+
+    Training reads its tokens once forward and, at twice the price, once backward.
+
+    Args:
+      step_tokens: tokens of a training step.
+      every: steps between snapshots.
+    """
+    steps = self._scorer.n_tokens / (3 * step_tokens)
+    return (f'monitors: {len(self.items):,} items of '
+            f'{len({item.dataset for item in self.items}):,} datasets, '
+            f'{self._scorer.n_tokens:,} tokens per snapshot: about as much work as '
+            f'{steps:.1f} training steps, {steps / every:.0%} of training beside it with '
+            f'checkpoints.snapshot_every={every}')
 
   @property
   def n_suspected(self) -> int:

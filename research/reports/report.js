@@ -94,9 +94,11 @@
       rows.push(...data.controls.datasets.map(d => ({...d, mean: d.accuracy, hops: []})));
     }
     rows.reverse();
+    const many = rows.length > 24, size = many ? 11 : 13;
+    const longest = Math.max(...rows.map(r => r.title.length));
     const traces = [{
       type: 'heatmap', x: places(data.snapshots), y: rows.map(r => r.title),
-      z: rows.map(r => r.ribbon), zmin: -1, zmax: 1, ygap: 7, showscale: false,
+      z: rows.map(r => r.ribbon), zmin: -1, zmax: 1, ygap: many ? 3 : 7, showscale: false,
       colorscale: [[0, color('shortcut')], [.5, color('middle')], [1, color('generalizing')]],
       customdata: rows.map(r => r.mean),
       hovertemplate: '%{y}: %{customdata:.1%}<extra></extra>'}];
@@ -110,11 +112,12 @@
           color: marks.map(m => m.hop.isConfirmed ? '#fff' : '#16191f'),
           line: {width: 1, color: '#16191f'}}});
     }
-    const layout = baseLayout(46 + 34 * rows.length, {margin: {l: 152, r: 18, t: 2, b: 30}});
+    const layout = baseLayout(46 + (many ? 18 : 34) * rows.length, {
+      margin: {l: Math.max(152, 14 + .58 * size * longest), r: 18, t: 2, b: 30}});
     layout.hovermode = 'closest';
     layout.xaxis.showgrid = false;
     layout.yaxis = {...layout.yaxis, type: 'category', showgrid: false, ticks: '',
-                    tickfont: {color: color('ink'), size: 13}, range: [-.5, rows.length - .5]};
+                    tickfont: {color: color('ink'), size}, dtick: 1, range: [-.5, rows.length - .5]};
     return [traces, layout];
   }
 
@@ -283,9 +286,15 @@
     }
   });
   setTheme(matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
-  const visible = charts.filter(c => !c.element.closest('details:not([open])'));
-  visible.forEach(draw);
-  showCursor(null);
+  /* One chart at a time, so that the page can be read while a hundred of them are drawn. */
+  const waiting = charts.filter(c => !c.element.closest('details:not([open])'));
+  const drawNext = () => {
+    const chart = waiting.shift();
+    if (chart && !chart.drawn) draw(chart);
+    showCursor(null);
+    if (waiting.length) setTimeout(drawNext); else document.body.dataset.ready = 'yes';
+  };
+  drawNext();
   document.querySelectorAll('details.charts').forEach(fold => {
     fold.addEventListener('toggle', () => {
       if (!fold.open) return;
@@ -323,5 +332,4 @@
     row.addEventListener('click', go);
     row.addEventListener('keydown', event => { if (event.key === 'Enter') go(); });
   });
-  document.body.dataset.ready = 'yes';
 })();

@@ -8,7 +8,10 @@ from research.dynamics.analysis import LEAST_CONTROL_ITEMS, Analysis, Dataset
 from research.dynamics.detector import DWELL, LEAST_CONTEXTS
 from research.dynamics.hops import least_checkpoints
 from research.dynamics.states import State
+from research.monitors.items import MATCHED
 from research.reports.records import Records
+
+MOST_NAMED = 8  # datasets in one sentence; the tables name them all
 
 _NOTES = {  # short enough for one line of a panel
     'flipped': 'Labels are flipped in context: follow, or recall?',
@@ -37,6 +40,13 @@ def listing(parts: Sequence[str]) -> str:
   """Returns 'a', 'a and b' or 'a, b and c'."""
   parts = list(parts)
   return ' and '.join([', '.join(parts[:-1]), parts[-1]] if len(parts) > 2 else parts)
+
+
+def named(names: Sequence[str]) -> str:
+  """Returns a listing of datasets as headings, of many how many they are."""
+  if len(names) > MOST_NAMED:
+    return f'{len(names)} datasets'
+  return listing([title(name) for name in names])
 
 
 def count(number: int, noun: str) -> str:
@@ -96,10 +106,12 @@ def headline(analysis: Analysis) -> str:
   hopping = [dataset for dataset in analysis.datasets if dataset.n_hops]
   if not hopping:
     return 'No dataset hopped.'
-  numbers = listing([str(dataset.n_hops) for dataset in hopping])
-  noun = 'hop' if sum(dataset.n_hops for dataset in hopping) == 1 else 'hops'
+  total = sum(dataset.n_hops for dataset in hopping)
+  numbers = (f'{total:,}' if len(hopping) > MOST_NAMED else
+             listing([str(dataset.n_hops) for dataset in hopping]))
+  noun = 'hop' if total == 1 else 'hops'
   while_calm = ' while the controls were calm' if analysis.controls else ''
-  return f'{listing([title(d.name) for d in hopping])} hopped: {numbers} {noun}{while_calm}.'
+  return f'{named([d.name for d in hopping])} hopped: {numbers} {noun}{while_calm}.'
 
 
 def remarks(analysis: Analysis, records: Records) -> list[str]:
@@ -107,7 +119,7 @@ def remarks(analysis: Analysis, records: Records) -> list[str]:
   said = []
   if records.n_steps and not records.is_finished:
     said.append(f'The run is in progress: step {records.last_step:,} of {records.n_steps:,}.')
-  said += _variants(analysis) + _other_datasets(analysis) + _least(analysis)
+  said += _variants(analysis) + _other_datasets(analysis) + _able(analysis) + _least(analysis)
   if len(analysis.steps) and analysis.datasets:
     said.append(control_sentence(analysis))
   restless = sum(len(d.judged.hops) - d.n_hops for d in analysis.datasets if d.judged)
@@ -115,7 +127,7 @@ def remarks(analysis: Analysis, records: Records) -> list[str]:
     said.append(f'{count(restless, "more hop")} came while the controls were restless and '
                 f'{"is" if restless == 1 else "are"} not confirmed.')
   if analysis.hops and analysis.hops.left_out:
-    said.append(f'{listing([title(name) for name in analysis.hops.left_out])}: fewer than '
+    said.append(f'{named(analysis.hops.left_out)}: fewer than '
                 f'{LEAST_CONTEXTS} demonstration contexts, too few to tell a hop.')
   return said
 
@@ -146,6 +158,8 @@ def _variants(analysis):
   if not called:
     return []
   counts = [f'{one.n_agreeing} of {one.n_variants}' for one in called]
+  if len(counts) > MOST_NAMED:
+    return ['The table of hops says in how many prompt variants each is found alone.']
   return [f'Prompt variants in which each hop is found alone: {listing(counts)}.']
 
 
@@ -154,20 +168,31 @@ def _other_datasets(analysis):
   groups = {}
   for dataset in analysis.datasets:
     if dataset.judged and not dataset.n_hops:
-      groups.setdefault(held(dataset), []).append(title(dataset.name))
+      groups.setdefault(held(dataset), []).append(dataset.name)
   phrases = {'generalizing': 'ended with the general rule, without a hop',
              'shortcut': 'ended with the pattern, without a hop',
              'mixed': 'ended in between, without a hop'}
-  return [f'{listing(groups[kind])} {phrase}.' for kind, phrase in phrases.items()
+  return [f'{named(groups[kind])} {phrase}.' for kind, phrase in phrases.items()
           if kind in groups]
+
+
+def _able(analysis):
+  """What the model can do where no shallow rule competes, of datasets with controls of their own."""
+  own = [dataset for dataset in analysis.control_datasets if dataset.name.endswith(MATCHED)]
+  able = [dataset.name.removesuffix(MATCHED) for dataset in own if dataset.accuracy.low[-1] > 0.5]
+  if not own:
+    return []
+  names = f' ({listing([title(name) for name in able])})' if 0 < len(able) <= MOST_NAMED else ''
+  return [f'{len(able)} of {len(own)} own controls end above chance by their 95% intervals{names}; '
+          f'of {len(own)} at chance {len(own) / 40:.0f} would.']
 
 
 def _least(analysis):
   """What could have been seen."""
   judged = [dataset.judged for dataset in analysis.datasets if dataset.judged]
   least = [row.least_detectable for row in judged if not row.is_blind]
-  blind = [title(row.name) for row in judged if row.is_blind]
+  blind = [row.name for row in judged if row.is_blind]
   return ([f'The least hop that would have been found with a power of 95% is {min(least):.2f} to '
            f'{max(least):.2f} in margin, by dataset.'] if least else []) + (
-               [f'{listing(blind)}: too much scatter for any hop to be seen with that power.']
+               [f'{named(blind)}: too much scatter for any hop to be seen with that power.']
                if blind else [])

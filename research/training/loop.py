@@ -20,6 +20,7 @@ from research.data.batches import Source, batches, make_source
 from research.errors import Stopped, UserError
 from research.evals.compression import COMPRESSORS
 from research.evals.heldout_text import score_heldout_text
+from research.monitors import table
 from research.monitors.suite import Suite
 from research.monitors.watch import Watch, read_suite
 from research.reports.report import build_report
@@ -32,7 +33,7 @@ from research.training.logs import duration
 from research.training.observation import Observation
 from research.training.provenance import Chain, Window, config_hash
 from research.training.recorder import Recorder
-from research.training.snapshots import SnapshotWriter
+from research.training.snapshots import SnapshotReader, SnapshotWriter
 from research.training.span import Span
 from research.training.start import parent_facts
 from research.training.watchdog import Watchdog
@@ -85,6 +86,8 @@ def train(config: ExperimentConfig, run_dir: RunDir, span: Span | None = None) -
       hashes = inputs.source.hash, inputs.source.tokenizer.hash
       finished = RunDir(run_dir.whole)  # This process may not have been there.
       manifest_lib.check_resumable(finished, config, *hashes, span.replay)
+      if _has_other_items(run_dir, inputs.suite):
+        _monitor_again(config, run_dir, mesh, inputs, span)
       print(f'finished already: {finished.report_html.resolve()}')
     else:
       with Halt() as halt, Watchdog(config.watchdog, run_dir) as watchdog:
@@ -130,6 +133,9 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
   snapshots = SnapshotWriter(run_dir.snapshots, built.params, config.checkpoints.snapshot_dtype,
                              kept)
   watch = Watch(config, inputs.suite, source.tokenizer, source.start_id, built, run_dir, kept)
+  if watch.items and config.checkpoints.snapshot_every:
+    print(watch.cost(config.data.batch_size * config.data.sequence_length,
+                     config.checkpoints.snapshot_every), flush=True)
   observation = Observation(config, run_dir, span, built, source, recorder, snapshots, watch,
                             checkpoints, chain, kept)
   watchdog.at('start', first)
@@ -160,6 +166,27 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
   if _has_heldout_text(config) and span.last == config.n_steps:
     _score_heldout_text(config, run_dir, source, built, state.params)
   _finish(run_dir, config, manifest, time.perf_counter() - recorder.began, span)
+
+
+def _has_other_items(run_dir: RunDir, suite: Suite) -> bool:
+  """Returns whether a finished run was monitored on other items, or not to its end."""
+  if not suite.items:
+    return False
+  known = run_dir.monitor_items.exists() and table.read_item_table(run_dir.monitor_items)
+  scored = table.score_steps(run_dir.monitor_scores)
+  return known != suite.items or bool(set(SnapshotReader(run_dir.snapshots).steps) - set(scored))
+
+
+def _monitor_again(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
+                   inputs: _Inputs, span: Span) -> None:
+  """Scores the stored snapshots of a finished run with the items of today, anew its report."""
+  manifest = _open_manifest(config, run_dir, inputs, mesh, span.last, span)
+  built = build_lib.build(config, mesh, manifest['numerics'])
+  Watch(config, inputs.suite, inputs.source.tokenizer, inputs.source.start_id, built, run_dir,
+        span.last)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('monitored again')
+  build_report(run_dir)
 
 
 def _has_heldout_text(config: ExperimentConfig) -> bool:

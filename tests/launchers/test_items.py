@@ -1,6 +1,8 @@
 """The launcher of item files. Witness: the files, read by pandas and by the reader of suites."""
 
 import collections
+import dataclasses
+import re
 
 import numpy as np
 import pandas as pd
@@ -27,27 +29,30 @@ def test_the_suite_is_written(tmp_path):
 
 
 def test_items_of_a_run_are_chosen(tmp_path):
-  """Half of the items go up with the checkpoints, the others are never right."""
-  items, run_dir = small_suite(SIZE), RunDir(tmp_path / 'run')
+  """Most items go up with the checkpoints, every 16th is never right."""
+  items = small_suite(dataclasses.replace(SIZE, contexts=8))
+  run_dir, is_wrong = RunDir(tmp_path / 'run'), np.arange(len(items)) % 16 == 0
   rng = np.random.default_rng(0)
   encoded = encode_items(items, tokenizers.byte_tokenizer(), 10_000)
   table.write_item_table(run_dir.monitor_items, items, encoded)
   for step in range(16):
-    margin = rng.normal(size=len(items)) + np.where(np.arange(len(items)) % 2, step / 4 - 4, -50)
+    margin = rng.normal(size=len(items)) + np.where(is_wrong, -50, min(step / 4 - 1.5, 0.9))
     table.write_scores(run_dir.monitor_scores, step, Scores(
         margin.astype(np.float32), np.zeros(len(items), np.float32)))
   chosen, statistics = tmp_path / 'chosen.jsonl', tmp_path / 'statistics.csv'
   result = launch('items', f'--statistics_of={run_dir.path}', '--choose=12', f'--write={chosen}',
                   f'--table={statistics}')
   assert result.returncode == 0, result.stderr
-  assert 'truthy/truthy_easy: share 0.' in result.stdout
-  (taken, _), odd = sound_items(chosen), items[1::2]
-  assert len(taken) == 12 and all(item in odd for item in taken)
+  row = next(line for line in result.stdout.splitlines() if line.startswith('truthy/truthy_easy '))
+  assert re.search(r'  0\.\d{3} \[0\.\d\d, [01]\.\d\d\] .* of 16$', row), row
+  taken, _ = sound_items(chosen)
+  assert len(taken) == 12 and not {items.index(item) for item in taken} & set(np.flatnonzero(
+      is_wrong))
   assert collections.Counter(item.is_control for item in taken) == {False: 6, True: 6}
   frame = pd.read_csv(statistics)
   assert frame['item_id'].tolist() == [item.item_id for item in items]
-  assert not frame['is_eligible'][::2].any()
-  assert (frame['share'][::2] == 0).all()
+  assert not frame['is_eligible'][is_wrong].any()
+  assert (frame['share'][is_wrong] == 0).all()
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence():

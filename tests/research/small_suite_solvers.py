@@ -104,16 +104,16 @@ def answers(item) -> tuple[str, str]:
 GOOD = set('wonderful brilliant delightful moving excellent superb charming clever beautiful '
            'fantastic delicious tasty perfect lovely great heavenly amazing'.split())
 POOR = set('terrible boring awful dull horrible stupid dreadful poor ugly disappointing disgusting '
-           'bland burnt stale nasty bad rotten'.split())
+           'bland burnt stale nasty tasteless rotten'.split())
 KEYS = {
     'sport': 'goal tennis marathon ball hockey boxing coach race',
     'cooking': 'potatoes pie eggs onions soup chicken carrots stew',
     'music': 'violin choir piano song orchestra trumpet melody symphony',
     'money': 'loan bank shares interest company tax mortgage dollars'}
-GOOD_LABELS, POOR_LABELS = ('positive', 'good', 'happy'), ('negative', 'bad', 'sad')
+GOOD_LABELS, POOR_LABELS = ('positive', 'good', 'yes'), ('negative', 'bad', 'no')
 TEXTS = {  # (text, label) in the three wordings of opinions and of topics
     'review': r'Review: (.+)\nSentiment:', 'topic': r'Text: (.+)\nTopic:', 'arrow': r'(.+) ->',
-    'question': r'Q: [^?]+\? (.+)\nA:'}
+    'question': r'Q: (?:Is [^?]+\? )?(.+?)(?: Is this praise\?)?\nA:'}
 
 
 def meaning(text: str, labels: set[str]) -> str:
@@ -143,6 +143,11 @@ def is_plainly_true(statement: str) -> bool:
 
 
 def pair(text: str) -> tuple[int, int]:
+  if 'coins together.' not in text:  # both prices are told, the sum is asked for
+    price, other, more = re.search(
+        r'A \w+ costs (\d+) coins\. A \w+ costs (\d+) coins( more)?', text).groups()
+    price, other = int(price), int(other)
+    return price + (price + other if more else other), price + other
   together, of_one, more = re.search(
       r'cost (\d+) coins together\. The \w+ costs (\d+) coins( more)?', text).groups()
   together, of_one = int(together), int(of_one)
@@ -162,17 +167,22 @@ def makers(text: str) -> tuple[int, int]:
 
 
 def doubling(text: str) -> tuple[int, int]:
-  days, share = int(re.search(r'day (\d+)', text)[1]), 4 if 'a quarter' in text else 2
-  if 'same amount' in text:
-    return next(d for d in range(days) if share * d == days), days // share
-  area = {day: fractions.Fraction(1, 2**(days - day)) for day in range(days + 1)}
-  return next(day for day in area if area[day] * share == 1), days // share
+  known, share = int(re.search(r'day (\d+)', text)[1]), 4 if 'quarter' in text else 2
+  is_steady, is_whole = 'same amount' in text, 'whole' in text.split('day ')[0]
+  if is_whole:  # when was a part covered?
+    area = {day: fractions.Fraction(day, known) if is_steady else
+            fractions.Fraction(1, 2**(known - day)) for day in range(known + 1)}
+    return next(day for day in area if area[day] * share == 1), known // share
+  area = {day: fractions.Fraction(day, known * share) if is_steady else
+          fractions.Fraction(2)**(day - known) / share for day in range(share * known + 1)}
+  return next(day for day in area if area[day] == 1), share * known
 
 
 def posts(text: str) -> tuple[int, int]:
   length = int(re.search(r'(\d+) meters has', text)[1])
   gap = int(re.search(r'(?:every|of) (\d+) meters[,.]', text)[1])
-  places = range(0, length + 1, gap) if 'at each end' in text else range(0, length, gap)
+  places = range(0, length + 1, gap) if 'at each end' in text else (
+      range(gap, length, gap) if 'none at either end' in text else range(0, length, gap))
   return len(places), length // gap
 
 

@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from research.errors import UserError
-from research.monitors import item_statistics
+from research.monitors import chance, item_statistics
 from research.monitors.items import MonitorItem
 
 NO_PRIOR = ((0.0, np.inf), (0.0, np.inf))
@@ -75,7 +75,7 @@ def statistics_of(items, probability, discrimination=1.5) -> item_statistics.Sta
   n = len(items)
   return item_statistics.Statistics(
       np.full(n, 0.5), np.zeros(n), np.broadcast_to(discrimination, n).astype(float),
-      np.full(n, 0.5), np.broadcast_to(probability, n).astype(float))
+      np.full(n, 0.5), np.broadcast_to(probability, n).astype(float), np.zeros(n))
 
 
 def test_what_says_nothing_is_not_eligible():
@@ -90,8 +90,39 @@ def test_what_says_nothing_is_not_eligible():
   # What never changed is known by the prior alone.
   right_TI = np.random.default_rng(0).random((30, 9)) < np.linspace(0.1, 0.9, 30)[:, None]
   right_TI[:, [0, 3]], right_TI[:, [1, 4]] = False, True
-  assert item_statistics.eligible(items, item_statistics.item_statistics(items, right_TI))[
-      :6].tolist() == [False, False, False, False, True, True]
+  found = item_statistics.item_statistics(items, right_TI)._replace(chance=np.zeros(9))
+  assert item_statistics.eligible(items, found)[:6].tolist() == [
+      False, False, False, False, True, True]
+
+
+def test_tasks_at_chance_are_not_eligible():
+  """All yes: half right, whoever asks. Of a task its control may be what is off chance."""
+  items = suite()
+  yes_TI = np.tile([item.generalizing == ' yes' for item in items], (6, 1))
+  right_TI = yes_TI.copy()
+  right_TI[:, 12:24] = np.arange(12) != 5  # a_control
+  for answers, expected in ((yes_TI, []), (right_TI, ['a', 'a_control'])):
+    found = item_statistics.item_statistics(items, answers)
+    assert {item.dataset for item, rate in zip(items, found.chance)
+            if rate <= chance.FALSE_DISCOVERIES} == set(expected)
+    everything = statistics_of(items, 0.5)._replace(chance=found.chance)
+    assert {item.dataset for item, good in zip(items, item_statistics.eligible(items, everything))
+            if good} == set(expected)
+  with pytest.raises(UserError, match='which does 3 of 3 datasets by chance; take easier'):
+    item_statistics.choose(items, item_statistics.item_statistics(items, yes_TI), 4)
+
+
+def test_levels_are_t_intervals_over_contexts():
+  rng = np.random.default_rng(1)
+  right_TI, seeds = rng.random((3, 20)) < 0.8, np.arange(20) % 5
+  means = [np.mean([right_TI[t, i] for t in range(3) for i in range(20) if seeds[i] == seed])
+           for seed in range(5)]
+  expected = stats.ttest_1samp(means, 0.5)
+  interval = expected.confidence_interval(0.95)
+  found = chance.level(right_TI, seeds)
+  np.testing.assert_allclose(found, [np.mean(means), *interval, expected.pvalue], rtol=1e-9)
+  assert chance.level(np.ones((2, 4), bool), [0, 0, 1, 1]) == (1, 1, 1, 0)
+  assert chance.level(np.ones((2, 4), bool), [0, 0, 0, 0]).p == 1  # One context tells nothing.
 
 
 def test_chosen_items_are_balanced_and_tell_most():

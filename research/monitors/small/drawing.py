@@ -7,7 +7,7 @@ from typing import NamedTuple
 from research.monitors.items import MATCHED, MonitorItem
 from research.monitors.small.config import SmallSuiteConfig
 
-SEED = 'small suite 1'  # another one draws another suite
+SEED = 'small suite 2'  # another one draws another suite
 
 
 class Question(NamedTuple):

@@ -31,8 +31,8 @@ def _opinions(frames: Sequence[str], nouns: Sequence[str], adjectives: dict[str,
   return Domain(sentences, (
       Wording('review', 'Review: {text}\nSentiment:', '\n\n'),
       Wording('arrow', '{text} ->', labels={'positive': 'good', 'negative': 'bad'}),
-      Wording('question', 'Q: Happy or sad? {text}\nA:', '\n\n',
-              {'positive': 'happy', 'negative': 'sad'})))
+      Wording('question', 'Q: {text} Is this praise?\nA:', '\n\n',
+              {'positive': 'yes', 'negative': 'no'})))
 
 
 def _topics(*labels: str) -> Domain:

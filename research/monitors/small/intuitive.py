@@ -24,10 +24,17 @@ class Problem(NamedTuple):
   intuitive: int
 
 
-def _pair(rng: random.Random, level: str) -> Problem:
-  """The bat and the ball (Frederick, 2005): how the price of the small one is found."""
+def _pair(rng: random.Random, level: str, is_greater: bool) -> Problem:
+  """The bat and the ball (Frederick, 2005): the price of the small one, or of both."""
   large, small = rng.choice(words.GOODS)
   low, high = RANGES[level]
+  if is_greater:
+    price = rng.randint(low, high // 3)
+    more = rng.randint(1, high - 2 * price)
+    told = f'A {small} costs {price} coins. A {large} costs {more} coins'
+    return Problem(f'{told} more than the {small}.', f'{told}.',
+                   f'the price of the {large} and the {small} together in coins',
+                   2 * price + more, price + more)
   price = rng.randint(low, high // 2)
   more = {'easy': 10, 'medium': 100, 'hard': 1000}[level] * rng.randint(1, 5)
   told = (f'A {large} and a {small} cost {more + 2 * price} coins together. '
@@ -36,11 +43,11 @@ def _pair(rng: random.Random, level: str) -> Problem:
                  f'the price of the {small} in coins', price, 2 * price)
 
 
-def _makers(rng: random.Random, level: str) -> Problem:
+def _makers(rng: random.Random, level: str, is_greater: bool) -> Problem:
   """Machines and widgets: as many again take as long; 'hard' has a time of its own."""
   maker, made = rng.choice(words.MAKERS)
   low, high = RANGES['easy' if level == 'easy' else 'medium']
-  time, others = rng.sample(range(max(low, 2), high + 1), 2)
+  time, others = sorted(rng.sample(range(max(low, 2), high + 1), 2), reverse=is_greater)
   n = rng.randint(2, 99) if level == 'hard' else time
   rest, known = f'{others} {made}', f'{n} {maker} need {time} minutes to make {n} {made}.'
   alike = f'A group of {maker} makes {time} {made} every {time} minutes.'
@@ -52,32 +59,42 @@ def _makers(rng: random.Random, level: str) -> Problem:
   return Problem(*stories, f'the time for the {rest} in minutes', time, others)
 
 
-def _doubling(rng: random.Random, level: str) -> Problem:
-  """The lily pads: half is covered one day before the end; 'hard' asks for a quarter."""
+def _doubling(rng: random.Random, level: str, is_greater: bool) -> Problem:
+  """The lily pads: half is covered one day before the end; 'hard' has a quarter."""
   plant, place = rng.choice(words.SPREADERS)
-  parts, word = (4, 'a quarter') if level == 'hard' else (2, 'half')
+  parts, part = (4, 'a quarter') if level == 'hard' else (2, 'half')
   low, high = {'easy': (2, 5), 'medium': (11, 50), 'hard': (10, 24)}[level]
   quotient = rng.randint(low, high)
-  days = parts * quotient
-  end = f'The whole {place} is covered on day {days}.'
-  return Problem(f'The area of {plant} doubles every day. {end}',
-                 f'From nothing, the area of {plant} grows by the same amount every day. {end}',
-                 f'the day on which {word} of the {place} was covered', days - parts // 2, quotient)
+  doubles = f'The area of {plant} doubles every day.'
+  grows = f'From nothing, the area of {plant} grows by the same amount every day.'
+  if is_greater:
+    days = parts * quotient
+    end = f'The whole {place} is covered on day {days}.'
+    return Problem(f'{doubles} {end}', f'{grows} {end}',
+                   f'the day on which {part} of the {place} was covered', days - parts // 2,
+                   quotient)
+  begun = f'{part[0].upper()}{part[1:]} of the {place} is covered on day {quotient}.'
+  return Problem(f'{doubles} {begun}', f'{grows} {begun}',
+                 f'the day on which the whole {place} is covered', quotient + parts // 2,
+                 parts * quotient)
 
 
-def _posts(rng: random.Random, level: str) -> Problem:
-  """Posts and gaps: a row with both ends has one post more than gaps."""
+def _posts(rng: random.Random, level: str, is_greater: bool) -> Problem:
+  """Posts and gaps: with both ends a row has one post more than gaps, with none one less."""
   row, things = rng.choice(words.ROWS)
   low, high = RANGES[level]
   gap, pieces = rng.randint(2, 12), rng.randint(max(low, 2), min(high, 300) - 1)
   length = gap * pieces
+  ends = 'one at each end too' if is_greater else 'but none at either end'
   return Problem(
-      f'A {row} of {length} meters has {things} every {gap} meters, one at each end too.',
+      f'A {row} of {length} meters has {things} every {gap} meters, {ends}.',
       f'A {row} of {length} meters has {things}, one in every part of {gap} meters.',
-      f'the number of {things}', pieces + 1, pieces)
+      f'the number of {things}', pieces + (1 if is_greater else -1), pieces)
 
 
-PROBLEMS: dict[str, Callable[[random.Random, str], Problem]] = {
+# (random numbers, level, whether the right answer is the greater one)
+Draw = Callable[[random.Random, str, bool], Problem]
+PROBLEMS: dict[str, Draw] = {
     'pair': _pair, 'makers': _makers, 'doubling': _doubling, 'posts': _posts}
 WORDINGS = (
     Wording('sentence', '{story} So {ask} is'),
@@ -91,16 +108,18 @@ def items(config: SmallSuiteConfig) -> Iterator[MonitorItem]:
     for level in config.levels:
       dataset = f'{name}_{level}'
       for seed in range(config.contexts):
-        drawn = _different(problem, rng_of(dataset, seed), level)
+        drawn = _different(problem, rng_of(dataset, seed), level, seed)
         yield from context_items(config, 'intuitive', dataset, seed, WORDINGS, *_contexts(drawn))
 
 
-def _different(problem: Callable[[random.Random, str], Problem], rng: random.Random, level: str
-               ) -> list[Problem]:
-  """Returns MOST_ITEMS different problems whose two answers differ and are as long."""
+def _different(problem: Draw, rng: random.Random, level: str, seed: int) -> list[Problem]:
+  """Returns MOST_ITEMS different problems whose two answers differ and are as long.
+
+  The right answer is the greater one in every other problem: models like small numbers.
+  """
   found: list[Problem] = []
   while len(found) < MOST_ITEMS:
-    drawn = problem(rng, level)
+    drawn = problem(rng, level, (seed + len(found)) % 2 == 0)
     is_fair = drawn.right != drawn.intuitive and len(str(drawn.right)) == len(str(drawn.intuitive))
     if is_fair and drawn not in found:
       found.append(drawn)

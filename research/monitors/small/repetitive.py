@@ -130,9 +130,11 @@ def items(config: SmallSuiteConfig) -> Iterator[MonitorItem]:
 def _contexts(pool: Pool, rng: random.Random, seed: int, n_shown: int) -> tuple[Context, Context]:
   """Returns one answer repeated until the question breaks it, and the question after all answers.
 
-  Contexts go through the answers in turn, so that none is the shortcut more often.
+  Contexts go through the answers in turn, from both ends, so that neither some answer nor small
+  ones are the shortcut more often.
   """
-  repeated = list(pool)[seed % len(pool)]
+  turn, is_high = divmod(seed % len(pool), 2)
+  repeated = list(pool)[-1 - turn if is_high else turn]
   shown = drawn(rng, pool[repeated], n_shown)
   answers = drawn(rng, [answer for answer in pool if answer != repeated], MOST_ITEMS)
   asked = [Rivals(question, question.answer, repeated) for question in _unseen(rng, pool, answers)]

@@ -9,9 +9,10 @@ from research.monitors.items import MonitorItem
 from research.monitors.small.config import MOST_ITEMS, SmallSuiteConfig
 from research.monitors.small.drawing import (
     Context, Question, Rivals, Wording, context_items, drawn, rng_of, truthful)
-from research.monitors.small.words import BY_FIRST_LETTER, LETTERS, NUMBER_WORDS
+from research.monitors.small.words import (
+    BY_FIRST_LETTER, LETTERS, NUMBER_WORDS, NUMBERS_BY_FREQUENCY)
 
-LEAST_CANDIDATES = 2  # answers that a question may have, of any sequence that is shown
+_RANKS = {name: i for i, name in enumerate(NUMBERS_BY_FREQUENCY)}
 PER_ANSWER = 40  # questions kept of each answer
 
 Pool = Mapping[str, Sequence[Question]]
@@ -105,34 +106,45 @@ def items(config: SmallSuiteConfig) -> Iterator[MonitorItem]:
     for level in config.levels:
       dataset, task = f'{name}_{level}', levels[level]
       for seed in range(config.contexts):
-        pattern, control = _contexts(task.pool, rng_of(dataset, seed), config.shots // 2)
+        pattern, control = _contexts(task.pool, rng_of(dataset, seed), seed, config.shots // 2)
         yield from context_items(config, 'successive', dataset, seed, task.wordings, pattern,
                                  control)
 
 
-def _contexts(pool: Pool, rng: random.Random, n_shown: int) -> tuple[Context, Context]:
+def _contexts(pool: Pool, rng: random.Random, seed: int, n_shown: int) -> tuple[Context, Context]:
   """Returns a run of answers that the question breaks, and the same questions after no run.
 
-  The right answer and its rival, the run's next, are both unseen in either.
+  The right answer and its rival, the run's next, are both unseen in either. Right answers come in
+  pairs, one commoner than the rival and one rarer: models like common words and small numbers for
+  themselves, and that must not look like a rule.
   """
   order = list(pool)
   start = rng.choice([start for start in range(len(order) - n_shown)
-                      if len(_candidates(order, start, n_shown)) >= LEAST_CANDIDATES])
+                      if all(_candidates(order, start, n_shown))])
   run, shortcut = order[start:start + n_shown], order[start + n_shown]
-  answers = drawn(rng, _candidates(order, start, n_shown), MOST_ITEMS)
-  asked = [Rivals(rng.choice(pool[answer]), answer, shortcut) for answer in answers]
-  asked = [one for i, one in enumerate(asked) if one not in asked[:i]]
+  sides = [drawn(rng, side, MOST_ITEMS // 2) for side in _candidates(order, start, n_shown)]
+  asked: list[Rivals] = []
+  for answers in zip(*sides[::1 if seed % 2 else -1]):
+    pair = [Rivals(rng.choice(pool[answer]), answer, shortcut) for answer in answers]
+    asked += pair if not any(one in asked for one in pair) else []
+  answers = {rivals.generalizing for rivals in asked}
   free = [answer for answer in order if answer not in {*answers, shortcut}]
   mixed = _out_of_sequence(rng, order, free, n_shown)
   shown, others = ([rng.choice(pool[answer]) for answer in part] for part in (run, mixed))
   return Context(truthful(shown), asked), Context(truthful(others), asked)
 
 
-def _candidates(order: Sequence[str], start: int, n_shown: int) -> list[str]:
-  """Returns the answers outside a run and its next; of numbers, those as long as the next."""
+def _candidates(order: Sequence[str], start: int, n_shown: int) -> tuple[list[str], list[str]]:
+  """Returns the answers outside a run and its next that are commoner than the next, and rarer ones.
+
+  Numbers are as long as the next; those in digits and letters are the rarer the later they come.
+  """
   shortcut = order[start + n_shown]
-  return [answer for i, answer in enumerate(order) if not start <= i <= start + n_shown
-          and (not answer.isdigit() or len(answer) == len(shortcut))]
+  rank = _RANKS.get if shortcut in _RANKS else order.index
+  others = [answer for i, answer in enumerate(order) if not start <= i <= start + n_shown
+            and (not answer.isdigit() or len(answer) == len(shortcut))]
+  return ([answer for answer in others if rank(answer) < rank(shortcut)],
+          [answer for answer in others if rank(answer) > rank(shortcut)])
 
 
 def _out_of_sequence(rng: random.Random, order: Sequence[str], free: Sequence[str], n: int

@@ -1,7 +1,7 @@
 """The small-scale suite as monitor items, and whether they fit into a model's context."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from research.data.tokenizers import Tokenizer
 from research.errors import UserError
@@ -27,26 +27,39 @@ def small_suite(config: SmallSuiteConfig = SmallSuiteConfig()) -> list[MonitorIt
 
 def fitting_suite(config: SmallSuiteConfig, tokenizer: Tokenizer, context_length: int,
                   start_id: int | None) -> list[MonitorItem]:
-  """Returns the suite; raises UserError naming the shots that fit where an item is too long."""
+  """Returns the suite; raises UserError naming what would fit where an item is too long."""
   items = small_suite(config)
-  longest, n_tokens = _longest(items, tokenizer, start_id)
-  if n_tokens <= context_length:
+  needs = _needs(items, tokenizer, start_id)
+  most = max(needs)
+  if most <= context_length:
     return items
-  for shots in range(config.shots - 8, 0, -8):
-    fewer = small_suite(dataclasses.replace(config, shots=shots))
-    if _longest(fewer, tokenizer, start_id)[1] <= context_length:
-      advice = f'--config.monitors.small.shots={shots} fits'
-      break
-  else:
-    advice = 'leave families or levels out (--config.monitors.small.families, .levels)'
-  raise UserError(f'monitors.suite=small: item {longest.item_id} needs {n_tokens} tokens of '
-                  f'context; model.context_length={context_length}; {advice}')
+  longest = items[needs.index(most)]
+  raise UserError(
+      f'monitors.suite=small: item {longest.item_id} needs {most} tokens of context; '
+      f'model.context_length={context_length}; '
+      + _advice(config, items, needs, tokenizer, context_length, start_id))
 
 
-def _longest(items: list[MonitorItem], tokenizer: Tokenizer, start_id: int | None
-             ) -> tuple[MonitorItem, int]:
-  """Returns the item that needs most context, and how many tokens it needs."""
+def _needs(items: Sequence[MonitorItem], tokenizer: Tokenizer, start_id: int | None) -> list[int]:
+  """Returns how many tokens of context every item needs."""
   encoded = [encode_item(item, tokenizer, start_id) for item in items]
-  needs = [max(len(tokens.generalizing), len(tokens.shortcut)) - 1 for tokens in encoded]
-  most = max(range(len(items)), key=needs.__getitem__)
-  return items[most], needs[most]
+  return [max(len(tokens.generalizing), len(tokens.shortcut)) - 1 for tokens in encoded]
+
+
+def _advice(config: SmallSuiteConfig, items: Sequence[MonitorItem], needs: Sequence[int],
+            tokenizer: Tokenizer, context_length: int, start_id: int | None) -> str:
+  """Returns the most shots that fit; if none do, the families that fit with the fewest."""
+  for shots in range(config.shots - 8, 0, -8):
+    items = small_suite(dataclasses.replace(config, shots=shots))
+    needs = _needs(items, tokenizer, start_id)
+    if max(needs) <= context_length:
+      return f'--config.monitors.small.shots={shots} fits'
+  longest = {family: max(n for item, n in zip(items, needs, strict=True) if item.family == family)
+             for family in config.families}
+  fitting = [family for family, n in longest.items() if n <= context_length]
+  if not fitting:
+    family = min(longest, key=longest.get)
+    return f'no family fits; the shortest, {family}, needs {longest[family]}'
+  fewest = ' --config.monitors.small.shots=8' if config.shots > 8 else ''
+  return f'--config.monitors.small.families={",".join(fitting)}{fewest} fits, ' + (
+      f'all need {max(longest.values())}')

@@ -4,6 +4,11 @@ NUMBER_WORDS = (
     'zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten',
     'eleven', 'twelve', 'thirteen', 'fourteen', 'fifteen', 'sixteen', 'seventeen', 'eighteen',
     'nineteen', 'twenty')
+# Commonest first, about as in English text.
+NUMBERS_BY_FREQUENCY = (
+    'one', 'two', 'three', 'four', 'five', 'six', 'ten', 'seven', 'eight', 'twenty', 'nine',
+    'twelve', 'fifteen', 'eleven', 'eighteen', 'fourteen', 'sixteen', 'thirteen', 'zero',
+    'seventeen', 'nineteen')
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 
 BY_FIRST_LETTER = {
@@ -45,7 +50,7 @@ MEAL_WORDS = {
     'positive': ('delicious', 'tasty', 'excellent', 'wonderful', 'perfect', 'lovely', 'superb',
                  'great', 'heavenly', 'amazing'),
     'negative': ('disgusting', 'bland', 'awful', 'horrible', 'terrible', 'burnt', 'stale', 'nasty',
-                 'bad', 'rotten')}
+                 'tasteless', 'rotten')}
 
 # Each cue belongs to one topic; the people and times to none.
 PEOPLE = ('She', 'He', 'My sister', 'The young man', 'Our neighbor', 'A friend of mine',
