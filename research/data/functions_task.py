@@ -103,12 +103,13 @@ def functions_pairs(seed: int, linked: bool) -> list[Pair]:
 
 # The same in words of the micro-world, whose tokenizer knows no others: names of people add.
 ADDENDS = tuple(range(1, 11))
+N_LINKED = 1  # linked names per addend, beside an anonymous one
 
 
 def people_that_add(seed: int) -> dict[str, tuple[int, bool]]:
-  """Returns name -> (addend, whether linked): ten anonymous and ten linked names."""
-  names = random.Random(f'people {seed}').sample(words.PEOPLE, 2 * len(ADDENDS))
-  kinds = [(k, is_linked) for is_linked in (False, True) for k in ADDENDS]
+  """Returns name -> (addend, whether linked): an anonymous name per addend, N_LINKED linked ones."""
+  kinds = [(k, is_linked) for is_linked in (False, *[True] * N_LINKED) for k in ADDENDS]
+  names = random.Random(f'people {seed}').sample(words.PEOPLE, len(kinds))
   return dict(zip(names, kinds, strict=True))
 
 
