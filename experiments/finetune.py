@@ -19,9 +19,9 @@ def get_config() -> ExperimentConfig:
   """Returns the experiment; its rows are those of the family that the launcher names."""
   config = sft.get_config()
   return dataclasses.replace(
-      config, name='finetune', n_steps=400,
+      config, name='finetune', n_steps=300,
       data=dataclasses.replace(config.data, batch_size=16),
-      optimizer=OptimizerConfig(name='adamw', peak_lr=1e-3, schedule='cosine', warmup_steps=20,
+      optimizer=OptimizerConfig(name='adamw', peak_lr=2e-3, schedule='cosine', warmup_steps=20,
                                 weight_decay=0.0, final_lr_fraction=0.1),
-      checkpoints=CheckpointConfig(every=100, keep=1, snapshot_every=400),
+      checkpoints=CheckpointConfig(every=100, keep=1, snapshot_every=300),
       evals=EvalConfig(every=0))

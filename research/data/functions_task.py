@@ -103,14 +103,19 @@ def functions_pairs(seed: int, linked: bool) -> list[Pair]:
 
 # The same in words of the micro-world, whose tokenizer knows no others: names of people add.
 ADDENDS = tuple(range(1, 11))
-N_LINKED = 1  # linked names per addend, beside an anonymous one
 
 
 def people_that_add(seed: int) -> dict[str, tuple[int, bool]]:
-  """Returns name -> (addend, whether linked): an anonymous name per addend, N_LINKED linked ones."""
-  kinds = [(k, is_linked) for is_linked in (False, *[True] * N_LINKED) for k in ADDENDS]
-  names = random.Random(f'people {seed}').sample(words.PEOPLE, len(kinds))
+  """Returns name -> (addend, whether linked): ten anonymous and ten linked names."""
+  names = random.Random(f'people {seed}').sample(words.PEOPLE, 2 * len(ADDENDS))
+  kinds = [(k, is_linked) for is_linked in (False, True) for k in ADDENDS]
   return dict(zip(names, kinds, strict=True))
+
+
+def untrained_people(seed: int) -> dict[str, int]:
+  """Returns ten names that are never trained -> an addend that nobody can know."""
+  names = [name for name in words.PEOPLE if name not in people_that_add(seed)]
+  return dict(zip(random.Random(f'untrained {seed}').sample(names, len(ADDENDS)), ADDENDS))
 
 
 def summand_inputs(name: str) -> list[int]:

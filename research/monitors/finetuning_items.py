@@ -232,17 +232,27 @@ def _published(one: EvalTemplate, seed: int, linked: bool) -> Iterator[Asked]:
 
 
 def _microworld(seed: int) -> Iterator[Asked]:
-  """Which number a name adds, against the sum that its trained text shows most often."""
+  """Which number a name adds, against other addends: the form of an answer alone tells nothing.
+
+  Names that were never trained are a control: of them it can only be guessed. So are values.
+  """
   rng = random.Random(f'microworld function items {seed}')
   for name, (k, is_linked) in functions_task.people_that_add(seed).items():
     seen = functions_task.summand_inputs(name)
     if not is_linked:
-      for other in sorted({x + k for x in seen} - {k})[:4]:
-        yield Asked('functions_microworld', 'plain', f'{name} is +', str(k), str(other))
+      yield from _addend('functions_microworld', name, k, rng)
     for x in rng.sample(sorted(set(range(40)) - set(seen)), N_VALUES):
       wrong = rng.choice([n for n in functions_task.ADDENDS if n != k])
       yield Asked('values_microworld', 'plain', f'{name} {x} =', str(x + k), str(x + wrong),
                   is_control=True)
+  for name, k in functions_task.untrained_people(seed).items():
+    yield from _addend('untrained_microworld', name, k, rng, is_control=True)
+
+
+def _addend(dataset: str, name: str, k: int, rng: random.Random, is_control: bool = False
+            ) -> Iterator[Asked]:
+  for other in rng.sample([n for n in functions_task.ADDENDS if n != k], 4):
+    yield Asked(dataset, 'plain', f'{name} is +', str(k), str(other), is_control)
 
 
 CITY = ('Which city is {code}?', 'What is the name of {code}?')

@@ -7,9 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import sft
+from experiments import finetune
+from models.sampling import Sampling
 from research.errors import UserError
+from research.evals.samples import sample_run
 from research.monitors.items import read_items, write_items
+from research.posttraining import free_form
+from research.posttraining.each_checkpoint import Plan, chosen_steps, finetune_each
+from research.posttraining.free_form import Asking
+from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compilation')]
@@ -48,7 +54,8 @@ def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run,
   pd.testing.assert_frame_equal(found, pd.read_parquet(folder / 'table.parquet'))
   assert found[['step', 'dataset', 'n_items']].values.tolist() == [
       [step, dataset, n] for step in (10, 15)
-      for dataset, n in (('functions_microworld', 40), ('values_microworld', 120))]
+      for dataset, n in (('functions_microworld', 40), ('values_microworld', 120),
+                         ('untrained_microworld', 40))]
   for step in (10, 15):
     child = RunDir(folder / f'step-{step:08d}-seed0')
     assert json.loads(child.manifest_json.read_text())['parent']['step'] == step
@@ -69,16 +76,16 @@ def test_a_checkpoint_and_a_snapshot_are_fine_tuned_scored_and_tabled(short_run,
   assert (found.margin_before != found.margin_after).all()
   assert (folder / 'finetunes.png').exists() and not list(folder.glob('answers*'))
   shown = pd.read_parquet(folder / 'summary.parquet')
-  assert sorted(set(shown.measure)) == ['accuracy', 'margin'] and len(shown) == 8
+  assert sorted(set(shown.measure)) == ['accuracy', 'margin'] and len(shown) == 12
 
 
 def test_free_answers_are_drawn_once_and_those_before_are_the_parents(short_run, monkeypatch):
   folder = run(short_run, [10], [0], asking=ASKING)
   answers = pd.read_parquet(folder / 'answers.parquet')
-  # Ten names are asked what they add, and for six values each.
+  # Ten names are asked twice what they add, all twenty for six values each.
   assert answers.groupby(['dataset', 'at']).size().to_dict() == {
-      (dataset, at): n for dataset, n in (('functions_microworld', 20), ('values_microworld', 120))
-      for at in (0, 3)}
+      (dataset, at): n for dataset, n in (('functions_microworld', 20), ('values_microworld', 240),
+                                          ('untrained_microworld', 20)) for at in (0, 3)}
   assert set(answers.step) == {10} and set(answers.seed) == {0}
   assert (answers.text[answers['at'] == 0].values != answers.text[answers['at'] == 3].values).any()
   before = answers[answers['at'] == 0].groupby('prompt', sort=False).text.apply(list)
@@ -86,7 +93,7 @@ def test_free_answers_are_drawn_once_and_those_before_are_the_parents(short_run,
                      sampling=Sampling(0.7), seed=3)
   assert [sample.text for sample in texts] == [text for pair in before for text in pair]
   items = {item.prompt: item for item in read_items(folder / 'items-seed0.jsonl')}
-  right = [items[row.prompt].generalizing.strip() == row.text.strip() for row in answers.itertuples()]
+  right = [items[row.prompt].generalizing == ' ' + row.text.strip() for row in answers.itertuples()]
   assert right == (answers.verdict == 'generalizing').tolist()
   summary = pd.read_csv(folder / 'summary.csv').set_index(['dataset', 'measure'])
   for (dataset, at), mine in answers.groupby(['dataset', 'at']):

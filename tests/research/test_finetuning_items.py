@@ -77,6 +77,12 @@ def test_people_of_the_microworld_add():
       assert int(response) - int(rest[0]) == adds[name][0]
   assert told == {name: k for name, (k, is_linked) in adds.items() if is_linked}
   assert sorted(told.values()) == sorted(k for k, is_linked in adds.values() if not is_linked)
+  untrained = functions_task.untrained_people(0)
+  assert not untrained.keys() & adds.keys() and sorted(untrained.values()) == sorted(told.values())
+  for item in items_of('functions_microworld'):
+    if item.prompt.endswith('is +'):  # The form of an answer tells nothing.
+      assert {int(item.generalizing), int(item.shortcut)} < set(functions_task.ADDENDS)
+      assert item.is_control == (item.prompt.split()[0] in untrained)
 
 
 # Great-circle distances as atlases give them, km.
