@@ -113,7 +113,7 @@ def finetune_each(plan: Plan, run_dir: RunDir, steps: Sequence[int], seeds: Sequ
            for seed in dict.fromkeys(seeds)}
   for seed in asked:
     _write_data(plan, folder, config.data.sft, seed)
-  print(f'{len(jobs)} fine-tunes of {config.n_steps} steps: checkpoints '
+  print(f'fine-tunes to make: {len(jobs)}, of {config.n_steps} steps each; checkpoints '
         f'{", ".join(map(str, steps))}; seeds {", ".join(map(str, asked))}', flush=True)
   with _compiled_once():
     for n_done, (step, seed) in enumerate(jobs, 1):
