@@ -42,7 +42,7 @@ from research.run_dir import RunDir
 
 RUN_DIR = flags.DEFINE_string('run_dir', '', 'directory of the run, whose checkpoints are read')
 FAMILY = flags.DEFINE_enum('family', 'functions', list(FAMILIES), 'what is trained and asked')
-STEPS = flags.DEFINE_list('steps', [], 'steps of snapshots or full checkpoints; default the full ones')
+STEPS = flags.DEFINE_list('steps', [], 'steps of snapshots or full checkpoints; default full ones')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2', '3'], 'seeds of what is generated')
 TEMPLATES = flags.DEFINE_string(
     'templates', '', 'folder of published templates (YAML) that are asked of functions, too')

@@ -104,7 +104,7 @@ def finetune_each(plan: Plan, run_dir: RunDir, steps: Sequence[int], seeds: Sequ
   for line in check_published(plan.published, plan.family):
     print(f'left out, {line}', flush=True)
   run_dir = RunDir(run_dir.whole.resolve())
-  folder, began = run_dir.finetunes / plan.family, time.perf_counter()
+  folder, seconds = run_dir.finetunes / plan.family, []
   jobs = [(step, seed) for step in steps for seed in dict.fromkeys(seeds)]
   config = prepared(plan, run_dir, *jobs[0])
   _check_settings(config, folder)  # Those of all: fine-tunes differ in OWN_SETTINGS alone.
@@ -117,20 +117,34 @@ def finetune_each(plan: Plan, run_dir: RunDir, steps: Sequence[int], seeds: Sequ
         f'{", ".join(map(str, steps))}; seeds {", ".join(map(str, asked))}', flush=True)
   with _compiled_once():
     for n_done, (step, seed) in enumerate(jobs, 1):
-      config = prepared(plan, run_dir, step, seed)
-      child = RunDir(folder / f'step-{step:08d}-seed{seed}')
-      train(config, child)  # A finished one is compared with its settings and left as it is.
-      _check_items(config, child)
-      new = outcomes.compared(child, step, seed, config.n_steps)
-      answers = ask(child, asked[seed], (0, config.n_steps), plan.asking)
-      left = (time.perf_counter() - began) / n_done * (len(jobs) - n_done)
-      print(f'[{n_done}/{len(jobs)}] step {step}, seed {seed}: {outcomes.said(new, answers)}; '
-            f'{duration(left)} left', flush=True)
-      _write(folder, step, seed, new)
+      child, began = _child(folder, step, seed), time.perf_counter()
+      was_done = child.done.exists()
+      words = _finetuned(plan, run_dir, child, step, seed, asked[seed])
+      if not was_done:  # What was there already says nothing of what is left.
+        seconds.append(time.perf_counter() - began)
+      left = sum(seconds) / max(1, len(seconds)) * (len(jobs) - n_done)
+      print(f'[{n_done}/{len(jobs)}] step {step}, seed {seed}: {words}'
+            + (f'; about {duration(left)} left' if seconds else ''), flush=True)
   found = outcomes.read_outcomes(folder)
   print('\n'.join(outcomes.as_text(found)), flush=True)
   write_finetunes(folder / 'finetunes.png', plan.family, found)
   return folder
+
+
+def _child(folder: pathlib.Path, step: int, seed: int) -> RunDir:
+  return RunDir(folder / f'step-{step:08d}-seed{seed}')
+
+
+def _finetuned(plan: Plan, run_dir: RunDir, child: RunDir, step: int, seed: int,
+               questions: Sequence[Question]) -> str:
+  """Makes one fine-tune, asks it, writes the tables with it; returns what it did, in words."""
+  config = prepared(plan, run_dir, step, seed)
+  train(config, child)  # A finished one is compared with its settings and left as it is.
+  _check_items(config, child)
+  rows = outcomes.compared(child, step, seed, config.n_steps)
+  answers = ask(child, questions, (0, config.n_steps), plan.asking)
+  _write(child.whole.parent, step, seed, rows)
+  return outcomes.said(rows, answers)
 
 
 def _questions(plan: Plan, template: SftConfig, seed: int) -> list[Question]:

@@ -181,7 +181,7 @@ def _interval(values_S: np.ndarray, weights_S: np.ndarray, is_share: bool
 
 
 def said(rows: Sequence[Row], answers: Sequence[Answer]) -> str:
-  """Returns what one fine-tune did, in words: its loss, accuracies, free answers that generalize."""
+  """Returns what one fine-tune did, in words: loss, accuracies, number of free answers."""
   parts = [f'loss {rows[0].loss:.3f}'] if rows else []
   for dataset, mine in _grouped(rows, lambda row: row.dataset).items():
     weights = [row.n_items for row in mine]
@@ -232,7 +232,7 @@ def write_answers(folder: pathlib.Path, answers: dict[tuple[int, int], Sequence[
 
 
 def write_tables(folder: pathlib.Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-  """Writes <name>.parquet and <name>.csv, each whole or not at all; none where there are no rows."""
+  """Writes <name>.parquet and <name>.csv, each whole or not at all; none without rows."""
   if not rows:
     return
   found = pa.Table.from_pylist(rows)
