@@ -24,8 +24,8 @@ how many answers are empty, refuse or are code, by regular expressions
 Each fine-tune is a run below <run_dir>/finetunes/<family>, of the steps, rows and optimizer of
 --experiment and --config.*, and starts from the checkpoint, or the snapshot, of its step. There,
 each as .parquet and .csv: table (accuracy, margin and loss by step, seed, dataset and wording),
-summary (means over seeds with intervals), answers (word by word, with question, step and seed); and
-the picture finetunes.png. Repeating the command goes on where it was stopped.
+summary (means over seeds with intervals) and answers (word by word, with question, step and seed);
+and, where answers are known, the picture finetunes.png. Repeating the command goes on.
 """
 
 import pathlib

@@ -44,7 +44,8 @@ def finetunes_figure(family: str, outcomes: Sequence[Outcome]) -> Figure | None:
                    loc='left', color=LIGHT['ink'])
   for axis in axes[len(datasets):]:
     axis.set_visible(False)
-  axes[0].legend(frameon=False, fontsize=7)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
+                frameon=False, fontsize=8)
   figure.suptitle(f'Fine-tunes on {family}: accuracy of items, share of free answers', fontsize=10,
                   x=0.01, ha='left', color=LIGHT['ink'])
   return figure
@@ -59,4 +60,4 @@ def _draw(axis, measure: str, rows: Sequence[Outcome]) -> None:
                        for end in ('', '_low', '_high'))
     axis.plot(steps, mean, _LINES[measure], marker='o', markersize=3, color=color, linewidth=1.3,
               label=f'{measure}, {when}')
-    axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+    axis.vlines(steps, low, high, color=color, alpha=0.45, linewidth=2.5)
