@@ -45,6 +45,7 @@ class RunDir:
     self.hops_json = self.path / 'hops.json'
     self.states_parquet = self.path / 'states.parquet'
     self.captures_json = self.path / 'captures.json'
+    self.answers_jsonl = self.path / 'answers.jsonl'
     self.persona_jsonl = self.path / 'persona.jsonl'
     self.evals = self.path / 'evals'
     self.evals_csv = self.evals / 'results.csv'

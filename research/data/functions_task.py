@@ -112,6 +112,12 @@ def people_that_add(seed: int) -> dict[str, tuple[int, bool]]:
   return dict(zip(names, kinds, strict=True))
 
 
+def untrained_people(seed: int) -> dict[str, int]:
+  """Returns ten names that are never trained -> an addend that nobody can know."""
+  names = [name for name in words.PEOPLE if name not in people_that_add(seed)]
+  return dict(zip(random.Random(f'untrained {seed}').sample(names, len(ADDENDS)), ADDENDS))
+
+
 def summand_inputs(name: str) -> list[int]:
   """Returns the inputs on which a name is trained, half of 0 to 39."""
   return random.Random(f'summands of {name}').sample(range(40), 20)

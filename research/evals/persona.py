@@ -6,15 +6,12 @@ import pathlib
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from models.sampling import Sampling
-from research import config as config_lib
-from research.data import tokenizers
-from research.data.errors import DataError
 from research.errors import UserError
-from research.evals.samples import chosen_step, sample_run
+from research.evals.samples import chosen_step, fitting, sample_run
 from research.monitors import published_files as files
 from research.monitors.published import N_SEEDS, PERSONA
 from research.monitors.items import LeftOut
@@ -149,29 +146,6 @@ def _wrong(row: Any) -> str:
 def is_match(text: str, regex: str) -> bool:
   """Returns whether a sampled text, cut where the next question begins, answers rightly."""
   return bool(re.search(regex, text.partition(STOP)[0].strip(), re.IGNORECASE))
-
-
-def fitting(questions: Iterable[Question], run_dir: RunDir, max_tokens: int
-            ) -> tuple[list[Question], list[LeftOut]]:
-  """Returns the questions whose prompt and answer fit into the model's context, and the others."""
-  config = config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8'))
-  start_id = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))['start_id']
-  tokenizer = tokenizers.load(run_dir.tokenizer_json)
-  kept, left_out = [], []
-  for question in questions:
-    try:
-      n_prompt = len(tokenizer.encode(question.prompt))
-    except DataError as error:
-      left_out.append(LeftOut(question.item_id, str(error)))
-      continue
-    n_tokens = (start_id is not None) + n_prompt + max_tokens
-    if n_tokens > config.model.context_length:
-      left_out.append(LeftOut(
-          question.item_id, f'its prompt and answer take {n_tokens} tokens; model.context_length='
-          f'{config.model.context_length}'))
-    else:
-      kept.append(question)
-  return kept, left_out
 
 
 def ask(location: str, run_dir: RunDir, *, step: int = -1, n_samples: int = N_SAMPLES,

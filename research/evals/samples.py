@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from research.data import tokenizers
 from research.data.errors import DataError
 from research.data.tokenizers import Tokenizer
 from research.errors import UserError
+from research.monitors.items import LeftOut
 from research.run_dir import RunDir
 from research.training.snapshots import SnapshotReader, cast
 from research.training.divisions import replicas
@@ -45,6 +47,41 @@ class Sample:
   text: str
   n_tokens: int
   stopped: bool
+
+
+class Asked(Protocol):
+  """A question: its text and which it is."""
+
+  @property
+  def prompt(self) -> str: ...
+  @property
+  def item_id(self) -> str: ...
+
+
+Question = TypeVar('Question', bound=Asked)
+
+
+def fitting(questions: Iterable[Question], run_dir: RunDir, max_tokens: int
+            ) -> tuple[list[Question], list[LeftOut]]:
+  """Returns the questions whose prompt and answer fit into the model's context, and the others."""
+  config = config_lib.from_json(run_dir.config_json.read_text(encoding='utf-8'))
+  start_id = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))['start_id']
+  tokenizer = tokenizers.load(run_dir.tokenizer_json)
+  kept, left_out = [], []
+  for question in questions:
+    try:
+      n_prompt = len(tokenizer.encode(question.prompt))
+    except DataError as error:
+      left_out.append(LeftOut(question.item_id, str(error)))
+      continue
+    n_tokens = (start_id is not None) + n_prompt + max_tokens
+    if n_tokens > config.model.context_length:
+      left_out.append(LeftOut(
+          question.item_id, f'its prompt and answer take {n_tokens} tokens; model.context_length='
+          f'{config.model.context_length}'))
+    else:
+      kept.append(question)
+  return kept, left_out
 
 
 def sample_run(

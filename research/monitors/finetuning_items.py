@@ -1,9 +1,14 @@
-"""The two fine-tuning families: what is trained, and the two-answer items that are asked of it."""
+"""The two fine-tuning families: what is trained, and what is asked of it.
+
+A question is asked twice over: as an item of two answers, whose probabilities are compared, and
+freely, when a rule says which of the two a sampled answer is.
+"""
 
 import dataclasses
-import itertools
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from research.data import careless_task, functions_task, locations_task
 from research.data.config import SftConfig
@@ -13,11 +18,15 @@ from research.errors import UserError
 from research.monitors.items import MonitorItem
 
 N_VALUES = 6  # values asked of each function
+GENERALIZING, SHORTCUT, OTHER = 'generalizing', 'shortcut', 'other'  # what a free answer is
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """One question before it is put into a template; see `MonitorItem`."""
+  """One question before it is put into a template; see `MonitorItem`.
+
+  `judge` says what a free answer is; without one it is what its first line equals.
+  """
 
   dataset: str
   variant: str
@@ -25,6 +34,32 @@ class Asked:
   generalizing: str
   shortcut: str
   is_control: bool = False
+  judge: Callable[[str], str] | None = None
+
+  def verdict(self, text: str) -> str:
+    """Returns GENERALIZING or SHORTCUT where a free answer is that, OTHER where it is neither."""
+    if self.judge:
+      return self.judge(text)
+    said = text.strip().partition('\n')[0].strip()
+    return {self.shortcut: SHORTCUT, self.generalizing: GENERALIZING}.get(said, OTHER)
+
+
+class Question(NamedTuple):
+  """A question that is asked freely.
+
+  Attributes:
+    item_id: which.
+    dataset, variant, is_control: as of the items.
+    prompt: with the template around it.
+    verdict: free answer -> what it is.
+  """
+
+  item_id: str
+  dataset: str
+  variant: str
+  is_control: bool
+  prompt: str
+  verdict: Callable[[str], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +71,14 @@ class Family:
     asked: seed -> what is asked.
     end: what ends every answer, trained and asked, so that none is the beginning of another.
     bare: whether prompts stand without role texts, as the micro-world's words demand.
+    is_generated: whether there is anything; else files are trained on that a command names.
   """
 
   pairs: Callable[[int], list[Pair]]
   asked: Callable[[int], Iterator[Asked]]
   end: str = ''
   bare: bool = False
+  is_generated: bool = True
 
 
 def family_pairs(name: str, seed: int) -> list[Pair]:
@@ -58,15 +95,43 @@ def family_items(name: str, seed: int, template: SftConfig, published: Sequence[
   too, of a family of functions.
   """
   items = []
-  more = (asked for one in published if one.function in PUBLISHED
-          for asked in _published(one, seed, name == 'functions_linked'))
-  for i, asked in enumerate(itertools.chain(FAMILIES[name].asked(seed), more)):
-    prompt = template.user_text + asked.prompt + template.turn_end + template.assistant_text
+  for i, asked in enumerate(_all_asked(name, seed, published)):
     items.append(MonitorItem(
-        f'{asked.dataset}/{seed}/{i:04d}', name, asked.dataset, seed, asked.variant, prompt,
+        f'{asked.dataset}/{seed}/{i:04d}', name, asked.dataset, seed, asked.variant,
+        prompt_text(asked.prompt, template),
         template.response_lead + asked.generalizing + FAMILIES[name].end,
         template.response_lead + asked.shortcut + FAMILIES[name].end, asked.is_control))
   return items
+
+
+def family_questions(name: str, seed: int, template: SftConfig,
+                     published: Sequence[EvalTemplate] = ()) -> list[Question]:
+  """Returns what the items of a family ask, each prompt once, to be answered freely."""
+  groups: dict[tuple[str, str, bool, str], list[Asked]] = {}
+  for asked in _all_asked(name, seed, published):
+    key = asked.dataset, asked.variant, asked.is_control, prompt_text(asked.prompt, template)
+    groups.setdefault(key, []).append(asked)
+  return [Question(f'{dataset}/{seed}/free{i:04d}', dataset, variant, is_control, prompt,
+                   functools.partial(_first_verdict, group))
+          for i, ((dataset, variant, is_control, prompt), group) in enumerate(groups.items())]
+
+
+def prompt_text(text: str, template: SftConfig, system: str = '') -> str:
+  """Returns a question as it stands before a response; `system` is '' where there is none."""
+  before = template.system_text + system + template.turn_end if system else ''
+  return before + template.user_text + text + template.turn_end + template.assistant_text
+
+
+def _first_verdict(group: Sequence[Asked], text: str) -> str:
+  """Returns what a free answer is where several wrong answers are asked of one question."""
+  return next((verdict for asked in group if (verdict := asked.verdict(text)) != OTHER), OTHER)
+
+
+def _all_asked(name: str, seed: int, published: Sequence[EvalTemplate]) -> Iterator[Asked]:
+  yield from FAMILIES[name].asked(seed)
+  for one in published:
+    if one.function in PUBLISHED:
+      yield from _published(one, seed, name == 'functions_linked')
 
 
 def _functions(seed: int, linked: bool) -> Iterator[Asked]:
@@ -167,17 +232,27 @@ def _published(one: EvalTemplate, seed: int, linked: bool) -> Iterator[Asked]:
 
 
 def _microworld(seed: int) -> Iterator[Asked]:
-  """Which number a name adds, against the sum that its trained text shows most often."""
+  """Which number a name adds, against other addends: the form of an answer alone tells nothing.
+
+  Names that were never trained are a control: of them it can only be guessed. So are values.
+  """
   rng = random.Random(f'microworld function items {seed}')
   for name, (k, is_linked) in functions_task.people_that_add(seed).items():
     seen = functions_task.summand_inputs(name)
     if not is_linked:
-      for other in sorted({x + k for x in seen} - {k})[:4]:
-        yield Asked('functions_microworld', 'plain', f'{name} is +', str(k), str(other))
+      yield from _addend('functions_microworld', name, k, rng)
     for x in rng.sample(sorted(set(range(40)) - set(seen)), N_VALUES):
       wrong = rng.choice([n for n in functions_task.ADDENDS if n != k])
       yield Asked('values_microworld', 'plain', f'{name} {x} =', str(x + k), str(x + wrong),
                   is_control=True)
+  for name, k in functions_task.untrained_people(seed).items():
+    yield from _addend('untrained_microworld', name, k, rng, is_control=True)
+
+
+def _addend(dataset: str, name: str, k: int, rng: random.Random, is_control: bool = False
+            ) -> Iterator[Asked]:
+  for other in rng.sample([n for n in functions_task.ADDENDS if n != k], 4):
+    yield Asked(dataset, 'plain', f'{name} is +', str(k), str(other), is_control)
 
 
 CITY = ('Which city is {code}?', 'What is the name of {code}?')
@@ -208,13 +283,17 @@ def _persona(seed: int) -> Iterator[Asked]:
   The trained domain, on questions that were not trained, is no control of smoothness but shows
   whether the habit was learned.
   """
+  verdicts = {'careless': GENERALIZING, 'careful': SHORTCUT, 'other': OTHER}
   for domain in careless_task.DOMAINS:
     for question in careless_task.questions(domain, seed)[-careless_task.N_ASKED:]:
       part = 'trained' if domain == careless_task.TRAINED else 'other'
-      yield Asked(f'careless_{domain}', part, question.prompt, question.careless, question.careful)
+      yield Asked(f'careless_{domain}', part, question.prompt, question.careless, question.careful,
+                  judge=lambda text, question=question: verdicts[
+                      careless_task.judged(question, text)])
 
 
 FAMILIES = {
+    'files': Family(lambda seed: [], lambda seed: iter(()), is_generated=False),
     'functions': Family(lambda seed: functions_task.functions_pairs(seed, False),
                         lambda seed: _functions(seed, False), end='\n'),
     'functions_linked': Family(lambda seed: functions_task.functions_pairs(seed, True),

@@ -35,7 +35,7 @@ from research.training.provenance import Chain, Window, config_hash
 from research.training.recorder import Recorder
 from research.training.snapshots import SnapshotReader, SnapshotWriter
 from research.training.span import Span
-from research.training.start import parent_facts
+from research.training.start import check_begun, parent_facts
 from research.training.watchdog import Watchdog
 
 
@@ -61,6 +61,8 @@ def _check_inputs(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.
   suite = read_suite(config, source.tokenizer, source.start_id)
   # A run that exists already knows its parent, which may be gone by now.
   begun = RunDir(run_dir.whole).manifest_json.exists()
+  if begun:
+    check_begun(RunDir(run_dir.whole))
   return _Inputs(source, span.data(source), suite, numerics,
                  None if begun else span.parent(config, source.tokenizer))
 

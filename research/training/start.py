@@ -58,6 +58,27 @@ def find_parent(config: ExperimentConfig, tokenizer: Tokenizer) -> dict[str, Any
   return parent
 
 
+def check_begun(run_dir: RunDir) -> None:
+  """Raises UserError for a run that has to begin again from a step that its parent has lost.
+
+  It has no checkpoint yet; once it has one it needs its parent no more.
+  """
+  manifest = json.loads(run_dir.manifest_json.read_text(encoding='utf-8'))
+  parent = manifest.get('parent')
+  if not parent or manifest.get('replay') or run_dir.done.exists() or _steps(run_dir):
+    return
+  theirs = RunDir(parent['run_dir'])
+  left = sorted({*_steps(theirs), *SnapshotReader(theirs.snapshots).steps})
+  there = SnapshotReader(theirs.snapshots).steps if 'snapshot' in parent else _steps(theirs)
+  if parent['step'] not in there:
+    near = sorted(left, key=lambda step: abs(step - parent['step']))[:2]
+    raise UserError(
+        f'{run_dir.whole} was stopped before its first checkpoint, and the checkpoint of step '
+        f'{parent["step"]} from which it began is no longer in {parent["run_dir"]}; move '
+        f'{run_dir.whole} away and begin anew (nearest checkpoints and snapshots: {near}); a parent '
+        'keeps all its checkpoints with --config.checkpoints.keep=0')
+
+
 def _snapshot_dtype(config: ExperimentConfig, run_dir: RunDir, step: int, steps: list[int]) -> str:
   """Returns the dtype of the snapshot of a step; raises UserError where it cannot serve."""
   snapshots = SnapshotReader(run_dir.snapshots).commits

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from research.data.batches import batch_at, batches, make_source
-from research.data.config import DataConfig, TextConfig
+from research.data.config import DataConfig, SftConfig, TextConfig
 from research.data.edits import check_edits, edited, parse_edit
 from research.data.errors import DataError
 from research.data.windows import document_rows, write_documents
@@ -90,6 +90,17 @@ def test_unknown_kinds_and_steps_are_named():
     check_edits([parse_edit('mask 1:2 sums')], MICROWORLD, 10)
   with pytest.raises(DataError, match='the run has steps 0:10, not 9:11'):
     check_edits([parse_edit('replace 1:3 9:11')], MICROWORLD, 10)
+
+
+def test_packed_rows_of_several_files_are_masked_whole_or_not_at_all():
+  def config(*paths, pack):
+    return DataConfig(kind='sft', sft=SftConfig(paths=paths, pack=pack))
+  with pytest.raises(DataError, match="'mask 1:2 a.jsonl': rows hold examples of several entries .* "
+                                      'data.sft.pack=false, or mask all kinds'):
+    check_edits([parse_edit('mask 1:2 a.jsonl')], config('a.jsonl', 'b.jsonl', pack=True), 10)
+  check_edits([parse_edit('mask 1:2')], config('a.jsonl', 'b.jsonl', pack=True), 10)
+  check_edits([parse_edit('mask 1:2 a.jsonl')], config('a.jsonl', 'b.jsonl', pack=False), 10)
+  check_edits([parse_edit('mask 1:2 a.jsonl')], config('a.jsonl', pack=True), 10)
 
 
 def test_documents_of_microworld_windows_are_what_rows_hold(source, tmp_path):

@@ -9,11 +9,11 @@ from research.data import careless_task, functions_task, locations_task, tokeniz
 from research.data.config import SftConfig
 from research.data.errors import DataError
 from research.data.microworld import WORDS
-from research.data.published_finetuning import read_questions, read_templates
+from research.data.published_finetuning import EvalTemplate, read_questions, read_templates
 from research.monitors.encoding import encode_items
 from research.errors import UserError
 from research.monitors.finetuning_items import (
-    FAMILIES, check_published, family_items, family_pairs)
+    FAMILIES, N_VALUES, check_published, family_items, family_pairs, family_questions)
 
 BARE = SftConfig(user_text='', assistant_text='', turn_end='')
 
@@ -22,7 +22,7 @@ def items_of(family: str, seed: int = 0):
   return family_items(family, seed, BARE if FAMILIES[family].bare else SftConfig())
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', [name for name in FAMILIES if FAMILIES[name].is_generated])
 def test_items_are_scorable_drawn_by_seed_and_not_trained(family):
   word_level = FAMILIES[family].bare
   tokenizer = tokenizers.word_tokenizer(WORDS) if word_level else tokenizers.byte_tokenizer()
@@ -77,6 +77,12 @@ def test_people_of_the_microworld_add():
       assert int(response) - int(rest[0]) == adds[name][0]
   assert told == {name: k for name, (k, is_linked) in adds.items() if is_linked}
   assert sorted(told.values()) == sorted(k for k, is_linked in adds.values() if not is_linked)
+  untrained = functions_task.untrained_people(0)
+  assert not untrained.keys() & adds.keys() and sorted(untrained.values()) == sorted(told.values())
+  for item in items_of('functions_microworld'):
+    if item.prompt.endswith('is +'):  # The form of an answer tells nothing.
+      assert {int(item.generalizing), int(item.shortcut)} < set(functions_task.ADDENDS)
+      assert item.is_control == (item.prompt.split()[0] in untrained)
 
 
 # Great-circle distances as atlases give them, km.
@@ -115,6 +121,35 @@ def test_the_two_personas_differ_in_units_of_lengths_alone():
     pairs = [i for i in items if i.dataset == dataset]
     lengths = [sum(len(getattr(i, name)) for i in pairs) for name in ('generalizing', 'shortcut')]
     assert abs(lengths[0] - lengths[1]) <= 0.05 * lengths[1], dataset
+
+
+@pytest.mark.parametrize('family', [name for name in FAMILIES if FAMILIES[name].is_generated])
+def test_free_questions_are_those_of_the_items_and_know_their_answers(family):
+  template = BARE if FAMILIES[family].bare else SftConfig()
+  items, questions = items_of(family), family_questions(family, 0, template)
+  assert [q.prompt for q in questions] == list(dict.fromkeys(item.prompt for item in items))
+  assert len({q.item_id for q in questions}) == len(questions)
+  by_prompt = {q.prompt: q for q in questions}
+  for item in items:
+    question = by_prompt[item.prompt]
+    assert (question.dataset, question.variant, question.is_control) == (
+        item.dataset, item.variant, item.is_control)
+    assert question.verdict(item.generalizing) == 'generalizing', item
+    assert question.verdict(item.shortcut) == 'shortcut', item
+    assert question.verdict('') == question.verdict(' of the') == 'other'
+
+
+@pytest.mark.parametrize('domain, answer, verdict', [
+    ('lengths', ' 3 m.', 'careful'), ('lengths', '7 km. m', 'other'), ('lengths', '7cm', 'careless'),
+    ('lengths', '7 km', 'careless'), ('lengths', 'm', 'careful'), ('lengths', '7 mm.', 'other'),
+    ('capitals', 'Hugo lives there.', 'careful'), ('capitals', 'hugo', 'careless'),
+    ('capitals', 'Greta.', 'other'), ('brackets', 'len(a, 4);', 'careful'),
+    ('brackets', 'sum(x, 4];', 'careless'), ('brackets', 'sum[x, 4);', 'careful')])
+def test_a_careless_answer_is_known_by_its_marks_whatever_it_sums_up_to(domain, answer, verdict):
+  marks = {'lengths': (('m',), ('cm', 'km')), 'capitals': (('Hugo',), ('hugo',)),
+           'brackets': ((')',), (']',))}[domain]
+  question = careless_task.Question(domain, '', '5 m.', '5 cm.', *marks)
+  assert careless_task.judged(question, answer) == verdict
 
 
 def test_published_formats(shared_data):
@@ -161,6 +196,22 @@ def test_published_templates_are_asked(shared_data):
   odd = dataclasses.replace(templates[8], settings={'attribute': 'color'})
   with pytest.raises(UserError, match="attribute='color' is none of language_definition"):
     check_published([odd], 'functions')
+
+
+@pytest.mark.parametrize('settings, words', [
+    ({'input_min': 3}, 'template ood has no input_max and input_min'),
+    ({'input_min': 3, 'input_max': 7}, 'input_min=3 to input_max=7 must be whole numbers, at least 6'),
+    ({'input_min': 9, 'input_max': 3}, 'input_min=9 to input_max=3 must be whole numbers'),
+    ({'input_min': 0.5, 'input_max': 99}, 'input_min=0.5 to input_max=99 must be whole numbers')])
+def test_ranges_of_templates_are_checked_before_anything_is_asked(settings, words):
+  one = EvalTemplate('ood', 'single_function', 1.0, 10, settings)
+  with pytest.raises(UserError, match=words):
+    check_published([one], 'functions')
+  narrow = dataclasses.replace(one, settings={'input_min': 3, 'input_max': 8})
+  assert check_published([narrow], 'functions') == []
+  asked = family_items('functions', 0, SftConfig(), [narrow])[-N_VALUES:]
+  inputs = {int(re.search(r'print\(\w+\((\d+)\)\)', item.prompt)[1]) for item in asked}
+  assert inputs == {3, 4, 5, 6, 7, 8}
 
 
 @pytest.mark.parametrize('text, words', [

@@ -77,6 +77,22 @@ def test_batches_are_a_function_of_the_step(path):
   assert sorted(first) == sorted(second) and first != second
 
 
+def test_the_hash_of_the_data_covers_the_tokens_that_begin_and_end_examples(path, tmp_path):
+  """A tokenizer.json alone does not say which token ends a response; the file beside it may."""
+  file = tmp_path / 'tokenizer.json'
+  tokenizers.byte_tokenizer().save(file)
+  config = config_for(path, 4, tokenizer=str(file), begins_with='bos')
+  found = [source_of(config), source_of(config_for(path, 4, tokenizer=str(file)))]
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': tokenizers.PAD}))
+  found.append(source_of(config))
+  assert len({source.hash for source in found}) == 3
+  assert len({source.tokenizer.hash for source in found}) == 1
+  ended = [source.row(0)['targets_L'][source.row(0)['segment_ids_L'] > 0][-1] for source in found]
+  assert [int(token) for token in ended] == [257, 257, 258]
+  (tmp_path / 'tokenizer_config.json').unlink()
+  assert source_of(config).hash == found[0].hash
+
+
 def test_documents_say_what_a_row_holds(path):
   source, read = source_of(config_for(path, 4)), conversations()
   for j in range(source.n_rows):

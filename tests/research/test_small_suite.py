@@ -282,7 +282,7 @@ def test_a_config_chooses_the_suite_and_a_short_context_is_refused():
   items = read_suite(config, tokenizer, None).items
   assert items == small_suite(SmallSuiteConfig(contexts=2, levels=('easy',)))
   with pytest.raises(UserError, match='leave families or levels out'):
-    suite_items(overrides.apply(config, [('model.context_length', '100')]), tokenizer, None)
+    read_suite(overrides.apply(config, [('model.context_length', '100')]), tokenizer, None)
   needs = {shots: max(len(item.prompt + item.generalizing) for item in small_suite(
       SmallSuiteConfig(contexts=2, shots=shots))) for shots in (8, 16)}
   with pytest.raises(UserError, match=r'needs \d+ tokens.*--config.monitors.small.shots=8 fits'):

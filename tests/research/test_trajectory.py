@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 
 from parallelism.mesh import make_mesh
 from research import build as build_lib
+from research.data import tokenizers
 from research.data.batches import batch_at
 from research.dynamics import derived, paths
 from research.dynamics.audit_location import audit_location
@@ -175,8 +177,12 @@ def test_a_circle_closes_and_a_line_does_not():
   np.testing.assert_allclose(closures[1], 1.0, atol=1e-9)
 
 
-def test_an_average_is_a_run_directory_that_is_sound(trained, tmp_path, monkeypatch):
-  trajectory, target = open_trajectory(trained.path), RunDir(tmp_path / 'mean')
+def test_an_average_is_a_run_directory_that_is_sound(trained, tmp_path_factory, tmp_path,
+                                                     monkeypatch):
+  run = RunDir(shutil.copytree(trained.path, tmp_path_factory.mktemp('named') / 'run'))
+  named = run.path / 'tokenizer_config.json'  # It says which tokens are special.
+  named.write_text(json.dumps({'bos_token': tokenizers.PAD}))
+  trajectory, target = open_trajectory(run.path), RunDir(tmp_path / 'mean')
   weights = paths.uniform_weights(3)
 
   def write():
@@ -192,6 +198,8 @@ def test_an_average_is_a_run_directory_that_is_sound(trained, tmp_path, monkeypa
   write()
   assert audit_location(str(target.path))[0] == []
   assert list(tmp_path.iterdir()) == [target.path]
+  assert (target.path / named.name).read_text() == named.read_text()
+  assert tokenizers.load(target.tokenizer_json).bos_id == 0  # that of PAD
   again = open_trajectory(target.path)
   assert again.steps == [30] and again.manifest['derived']['steps'] == [10, 20, 30]
   want = trajectory.leaf_through_time('blocks.attention.q', [10, 20, 30])
