@@ -183,8 +183,8 @@ def _able(analysis):
   if not own:
     return []
   names = f' ({listing([title(name) for name in able])})' if 0 < len(able) <= MOST_NAMED else ''
-  return [f'{len(able)} of {len(own)} own controls end above chance by their 95% intervals{names}; '
-          f'of {len(own)} at chance {len(own) / 40:.0f} would.']
+  return [f'{len(able)} of {len(own)} own controls end above chance by their 95% intervals{names}, '
+          'as 2.5% of those at chance would.']
 
 
 def _least(analysis):
