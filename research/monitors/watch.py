@@ -14,7 +14,7 @@ from research.monitors.items import ITEM_SUFFIXES, MonitorItem, check_items, sou
 from research.monitors.microworld_items import microworld_items
 from research.monitors.published_score import PublishedScorer, encode_published
 from research.monitors.scoring import Scorer, Scores
-from research.monitors.small.suite import fitting_suite, small_suite
+from research.monitors.small.suite import check_fits, small_suite
 from research.monitors.suite import Suite, described, scorable, settled, write_left_out
 from research.monitors.suspects import Suspects
 from research.run_dir import RunDir
@@ -43,7 +43,7 @@ def read_suite(config: ExperimentConfig, tokenizer: Tokenizer, start_id: int | N
     suite, encode = published.read(name), encode_published
   suite = scorable(suite, tokenizer, config.model.context_length, start_id, encode)
   if name == 'small' and suite.left_out:  # what would fit is in the refusal
-    fitting_suite(config.monitors.small, tokenizer, config.model.context_length, start_id)
+    check_fits(config.monitors.small, tokenizer, config.model.context_length, start_id)
   suite = settled(suite, config.monitors.bad_items)
   check_items(suite.items)
   if suite.left_out or encode is encode_published:

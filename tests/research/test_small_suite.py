@@ -20,7 +20,7 @@ from research.monitors.encoding import encode_item
 from research.monitors.items import check_items
 from research.monitors.small.config import FAMILIES, LEVELS, SmallSuiteConfig
 from research.monitors.small.statements import MISCONCEPTIONS, SURPRISING
-from research.monitors.small.suite import fitting_suite, small_suite
+from research.monitors.small.suite import check_fits, small_suite
 from research.monitors.watch import read_suite
 from tests.research import small_suite_solvers as solvers
 from tests.research.small_suite_solvers import (
@@ -281,12 +281,12 @@ def test_a_config_chooses_the_suite_and_a_short_context_is_refused():
       ('monitors.small.contexts', '2'), ('monitors.small.levels', 'easy')])
   items = read_suite(config, tokenizer, None).items
   assert items == small_suite(SmallSuiteConfig(contexts=2, levels=('easy',)))
-  with pytest.raises(UserError, match='leave families or levels out'):
+  with pytest.raises(UserError, match='no family fits; the shortest, successive, needs 174'):
     read_suite(overrides.apply(config, [('model.context_length', '100')]), tokenizer, None)
   needs = {shots: max(len(item.prompt + item.generalizing) for item in small_suite(
       SmallSuiteConfig(contexts=2, shots=shots))) for shots in (8, 16)}
   with pytest.raises(UserError, match=r'needs \d+ tokens.*--config.monitors.small.shots=8 fits'):
-    fitting_suite(SmallSuiteConfig(contexts=2), tokenizer, needs[8] + 8, None)
+    check_fits(SmallSuiteConfig(contexts=2), tokenizer, needs[8] + 8, None)
   longest = {family: max(len(item.prompt + max(item.generalizing, item.shortcut, key=len)) - 1
                          for item in small_suite(SmallSuiteConfig(contexts=2, shots=8))
                          if item.family == family) for family in FAMILIES}
@@ -294,9 +294,9 @@ def test_a_config_chooses_the_suite_and_a_short_context_is_refused():
   fitting = ','.join(family for family in FAMILIES if longest[family] <= middle)
   with pytest.raises(UserError, match=f'families={fitting} --config.monitors.small.shots=8 fits, '
                                       f'all need {max(longest.values())}$'):
-    fitting_suite(SmallSuiteConfig(contexts=2), tokenizer, middle, None)
+    check_fits(SmallSuiteConfig(contexts=2), tokenizer, middle, None)
   with pytest.raises(UserError, match=f'no family fits; .* needs {min(longest.values())}$'):
-    fitting_suite(SmallSuiteConfig(contexts=2), tokenizer, 20, None)
+    check_fits(SmallSuiteConfig(contexts=2), tokenizer, 20, None)
 
 
 def test_the_most_demonstrations_can_be_drawn():

@@ -25,14 +25,14 @@ def small_suite(config: SmallSuiteConfig = SmallSuiteConfig()) -> list[MonitorIt
   return [item for name in config.families for item in GENERATORS[name](config)]
 
 
-def fitting_suite(config: SmallSuiteConfig, tokenizer: Tokenizer, context_length: int,
-                  start_id: int | None) -> list[MonitorItem]:
-  """Returns the suite; raises UserError naming what would fit where an item is too long."""
+def check_fits(config: SmallSuiteConfig, tokenizer: Tokenizer, context_length: int,
+               start_id: int | None) -> None:
+  """Raises UserError naming what would fit where an item of the suite is too long."""
   items = small_suite(config)
   needs = _needs(items, tokenizer, start_id)
   most = max(needs)
   if most <= context_length:
-    return items
+    return
   longest = items[needs.index(most)]
   raise UserError(
       f'monitors.suite=small: item {longest.item_id} needs {most} tokens of context; '
