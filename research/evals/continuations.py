@@ -16,7 +16,7 @@ import numpy as np
 from models import transformer
 from research.build import Build
 from research.errors import UserError
-from research.monitors.buckets import joined, make_buckets
+from research.monitors.buckets import make_buckets
 from research.monitors.encoding import Tokens
 from research.monitors.scoring import Chunk, chunk_of, in_chunks, read, summed
 from research.training.divisions import replicas
@@ -84,8 +84,7 @@ def make_plan(requests: Sequence[Request], built: Build) -> Plan:
   buckets = make_buckets(
       items, context_length=built.config.model.context_length,
       row_multiple=replicas(built.mesh.shape), tokens=CHUNK_TOKENS,
-      reads=CHUNK_LOGITS // built.config.model.vocab_size, shape_tokens=SHAPE_TOKENS,
-      join=joined)
+      reads=CHUNK_LOGITS // built.config.model.vocab_size, shape_tokens=SHAPE_TOKENS)
   numbers = np.array([*(i for mine in members.values() for i in mine), -1])  # slot -1 stays -1
   parts = [(bucket, z) for bucket in reversed(buckets) for z in range(len(bucket.tokens_ZBS))]
   return Plan([chunk_of(in_chunks(bucket), z) for bucket, z in parts],

@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -51,9 +51,6 @@ class Limits:
     return max(1, min(self.batch_rows // I, n))
 
 
-Join = Callable[[Shapes, Limits], Shapes]
-
-
 @dataclasses.dataclass(frozen=True)
 class Bucket:
   """Rows of one static shape, in Z chunks of C contexts with I rows each (B = C I rows).
@@ -79,14 +76,12 @@ class Bucket:
 
 def make_buckets(items: Sequence[Item], *, context_length: int, batch_rows: int = UNLIMITED,
                  row_multiple: int = 1, tokens: int = UNLIMITED, reads: int = UNLIMITED,
-                 shape_tokens: int = 512, join: Join | None = None, pad_id: int = 0
-                 ) -> list[Bucket]:
+                 shape_tokens: int = 512, pad_id: int = 0) -> list[Bucket]:
   """Returns all rows in as few shapes as padding allows.
 
   Args:
     items: what is to be scored.
     context_length, batch_rows, row_multiple, tokens, reads, shape_tokens: see `Limits`.
-    join: brings groups into fewer shapes, by default `joined_once`.
     pad_id: any valid token.
   """
   limits = Limits(context_length, batch_rows, row_multiple, tokens, reads, shape_tokens)
@@ -94,7 +89,7 @@ def make_buckets(items: Sequence[Item], *, context_length: int, batch_rows: int 
   for group in grouped(items):
     for part in _parts(group, limits):
       shapes.setdefault(_shape(part, context_length), []).append(part)
-  shapes = (join or joined_once)(shapes, limits)
+  shapes = _fewer(shapes, limits)
   return [_bucket(shapes[shape], shape, limits, pad_id) for shape in sorted(shapes)]
 
 
@@ -152,7 +147,7 @@ def _least(shapes: Shapes, limits: Limits) -> float:
   return max(limits.shape_tokens, SHAPE_SHARE * total)
 
 
-def joined_once(shapes: Shapes, limits: Limits) -> Shapes:
+def _joined(shapes: Shapes, limits: Limits) -> Shapes:
   """Returns the groups in fewer shapes: one joins another where that costs few tokens.
 
   The smallest goes first. Rows with a prefix stay apart from rows without.
@@ -176,15 +171,15 @@ def joined_once(shapes: Shapes, limits: Limits) -> Shapes:
   return shapes
 
 
-def joined(shapes: Shapes, limits: Limits) -> Shapes:
-  """Returns the groups in the fewest shapes: `joined_once` until nothing changes.
+def _fewer(shapes: Shapes, limits: Limits) -> Shapes:
+  """Returns the groups in the fewest shapes: `_joined` until nothing changes.
 
   Rows go without their prefix, too, where that costs few tokens: contexts that fill the model's
   are parted from what follows at many places, and no shape holds two of them.
   """
   n_before = 0
   while n_before != len(shapes):
-    n_before, shapes = len(shapes), joined_once(shapes, limits)
+    n_before, shapes = len(shapes), _joined(shapes, limits)
     least, alone = _least(shapes, limits), max((s for s in shapes if not s[0]), default=(0,) * 5)
     for shape in sorted(shape for shape in shapes if shape[0]):
       P, _, S, T, R = shape

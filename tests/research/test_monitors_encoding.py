@@ -145,8 +145,9 @@ def test_what_runs_at_a_time_is_bounded_on_every_device(tokens, reads):
     assert n_contexts % n_devices == 0
     assert b.n_tokens <= n_here * tokens or b.tokens_ZBS.shape[1] == n_devices
     assert b.places_ZBT.size <= n_here * reads or b.tokens_ZBS.shape[1] == n_devices
-  unbounded = make_buckets(encoded, context_length=128)
-  assert len(unbounded) <= len(buckets)
+  unbounded = make_buckets(encoded, context_length=128, row_multiple=n_devices)
+  assert any(b.n_tokens > len(b.tokens_ZBS) * n_devices * tokens
+             or b.places_ZBT.size > len(b.tokens_ZBS) * n_devices * reads for b in unbounded)
   assert len(buckets) < sum(len(b.tokens_ZBS) for b in buckets)
 
 

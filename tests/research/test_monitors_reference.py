@@ -171,8 +171,8 @@ MERGES = [('The answer is ', 'unbelievable', 'no'), ('The answer is ', 'good', '
 def test_items_whose_tokens_cross_the_boundary(name, start, shared_data):
   tokenizer = tokenizers.load(shared_data / f'tokenizers/{name}.json')
   items = [MonitorItem(f'{context}/{i}', 'f', 'd', context, 'v',
-                       f'Context {context}. ' * 3 * context + prompt, good, short)
+                       f'Context {context}. ' * 24 * context + prompt, good, short)
            for context in (0, 1) for i, (prompt, good, short) in enumerate(MERGES)]
-  scorer = check(items, tokenizer, 64, start_id=tokenizer.encode('the')[0] if start else None)
+  scorer = check(items, tokenizer, 160, start_id=tokenizer.encode('the')[0] if start else None)
   assert sum(encoded.straddles for encoded in scorer.encoded) >= 6
   assert kinds(scorer) == {(True, True), (False, True)}
