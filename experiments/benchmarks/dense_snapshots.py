@@ -7,8 +7,8 @@ Trains the experiment without monitors, with a snapshot every --every steps and 
 interleaved rounds, each run alone. Prints wall time with minus without between step --skip and the
 last; steps beside a snapshot against the other steps of the same run, which a machine whose pace
 changes from run to run does not blur; what of it the run's own clock calls saving and hashing; the
-bytes and files of the snapshots; and how long reading one tensor through time over all of them takes
-in one call. A full checkpoint is written at the end of both, after the window.
+bytes and files of the snapshots; and how long reading one tensor through time over all of them
+takes in one call. A full checkpoint is written at the end of both, after the window.
 """
 
 import json

@@ -186,8 +186,8 @@ def eligible(items: Sequence[MonitorItem], statistics: Statistics) -> np.ndarray
 
   Their task is not done by chance. Off the floor and the ceiling, with a discrimination above
   LEAST_DISCRIMINATION that is not the prior's alone: the correlation with the rest of the group is
-  positive too, so what never changed is left out. Controls may be at the ceiling, where whatever they fall from is seen, and need not
-  discriminate, but some checkpoint got them right.
+  positive too, so what never changed is left out. Controls may be at the ceiling, where whatever
+  they fall from is seen, and need not discriminate, but some checkpoint got them right.
   """
   is_control = np.array([item.is_control for item in items])
   off_floor = ((statistics.probability >= OFF_FLOOR) & (statistics.share > 0)
