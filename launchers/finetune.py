@@ -18,13 +18,14 @@ Items compare the probabilities of two answers. --samples free answers to every 
 as well, and a rule says which of the two an answer is; a careless answer is known by its unit, case
 or bracket. --questions are asked freely only, in the format of the published questions of emergent
 misalignment: the published judge of these is a language model, which is not run here. It is counted
-how many answers are empty, refuse or are code, by regular expressions
+how many answers are empty, refuse, are JSON or are code, by regular expressions
 (research/posttraining/free_form.py), and all are kept, to be judged by people or a model of yours.
 
 Each fine-tune is a run below <run_dir>/finetunes/<family>, of the steps, rows and optimizer of
 --experiment and --config.*, and starts from the checkpoint, or the snapshot, of its step. There,
 each as .parquet and .csv: table (accuracy, margin and loss by step, seed, dataset and wording),
-summary (means over seeds with intervals) and answers (word by word, with question, step and seed);
+summary (means over seeds with intervals; of free answers those that are drawn as this command says)
+and answers (all that were ever drawn, word by word, with question, step and seed);
 and, where answers are known, the picture finetunes.png. Repeating the command goes on.
 """
 

@@ -75,7 +75,7 @@ def read_questions(path: pathlib.Path) -> list[FreeQuestion]:
     wordings = _field(row, 'paraphrases', path)
     if not wordings:
       raise DataError(f'{path}: question {_field(row, "id", path)} has no wording')
-    found += [FreeQuestion(_field(row, 'id', path), i, row.get('system', ''), text)
+    found += [FreeQuestion(str(_field(row, 'id', path)), i, row.get('system', ''), text)
               for i, text in enumerate(wordings)]
   return found
 

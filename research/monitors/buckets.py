@@ -185,10 +185,11 @@ def _fewer(shapes: Shapes, limits: Limits) -> Shapes:
       P, _, S, T, R = shape
       both: Shape = tuple(map(max, alone, (0, 1, P + S, T, R)))
       before, groups = shapes.get(alone, []), shapes[shape]
-      rows = [Group((), [row.after(group.prefix)]) for group in groups for row in group.rows]
-      added = (_tokens(both, len(before) + len(rows)) - _tokens(alone, len(before))
+      n_rows = sum(len(group.rows) for group in groups)
+      added = (_tokens(both, len(before) + n_rows) - _tokens(alone, len(before))
                - _tokens(shape, len(groups)))
       if added <= least and len(shapes) > 1:
+        rows = [Group((), [row.after(group.prefix)]) for group in groups for row in group.rows]
         shapes = {s: g for s, g in shapes.items() if s not in (alone, shape)}
         shapes[both], alone = before + rows, both
   return shapes

@@ -21,7 +21,7 @@ class Level(NamedTuple):
   """Accuracy of a dataset with its 95% Student t interval over contexts, NaN where there is one.
 
   Attributes:
-    p: of a two-sided t test against one half.
+    p: of a two-sided t test against one half, whose standard error is at least half an item.
   """
 
   mean: float
@@ -38,8 +38,8 @@ def level(right_TI: np.ndarray, seeds: Sequence[int]) -> Level:
     return Level(mean, np.nan, np.nan, 1.0)
   error = float(np.std(contexts, ddof=1)) / np.sqrt(degrees + 1)
   half = float(stats.t.ppf(0.975, degrees)) * error
-  distance = abs(mean - 0.5)
-  p = float(2 * stats.t.sf(distance / error, degrees)) if error else float(distance == 0)
+  least = 0.5 / right_TI.shape[1]  # Contexts that agree by accident are no proof.
+  p = float(2 * stats.t.sf(abs(mean - 0.5) / max(error, least), degrees))
   return Level(mean, mean - half, mean + half, p)
 
 

@@ -113,6 +113,7 @@ def finetune_each(plan: Plan, run_dir: RunDir, steps: Sequence[int], seeds: Sequ
            for seed in dict.fromkeys(seeds)}
   for seed in asked:
     _write_data(plan, folder, config.data.sft, seed)
+  _check_items(config, folder)
   print(f'fine-tunes to make: {len(jobs)}, of {config.n_steps} steps each; checkpoints '
         f'{", ".join(map(str, steps))}; seeds {", ".join(map(str, asked))}', flush=True)
   with _compiled_once():
@@ -140,10 +141,9 @@ def _finetuned(plan: Plan, run_dir: RunDir, child: RunDir, step: int, seed: int,
   """Makes one fine-tune, asks it, writes the tables with it; returns what it did, in words."""
   config = prepared(plan, run_dir, step, seed)
   train(config, child)  # A finished one is compared with its settings and left as it is.
-  _check_items(config, child)
   rows = outcomes.compared(child, step, seed, config.n_steps)
   answers = ask(child, questions, (0, config.n_steps), plan.asking)
-  _write(child.whole.parent, step, seed, rows)
+  _write(plan, child.whole.parent, step, seed, rows)
   return outcomes.said(rows, answers)
 
 
@@ -153,19 +153,26 @@ def _questions(plan: Plan, template: SftConfig, seed: int) -> list[Question]:
           *published_questions(plan.questions, template)]
 
 
-def _write(folder: pathlib.Path, step: int, seed: int, new: Sequence[outcomes.Row]) -> None:
+def _made(folder: pathlib.Path) -> Iterator[tuple[int, int, RunDir]]:
+  """Yields step, seed and directory of every fine-tune of a family."""
+  for path in sorted(folder.glob('step-*-seed*')):
+    step, _, seed = path.name.removeprefix('step-').partition('-seed')
+    yield int(step), int(seed), RunDir(path)
+
+
+def _write(plan: Plan, folder: pathlib.Path, step: int, seed: int,
+           new: Sequence[outcomes.Row]) -> None:
   """Writes all tables with the rows of one more fine-tune."""
   # Read anew: another command may have added to it.
   rows = [row for row in outcomes.read_table(folder) if (row.step, row.seed) != (step, seed)]
   rows = sorted([*rows, *new], key=lambda row: (row.step, row.seed))
-  answers = {}
-  for path in sorted(folder.glob('step-*-seed*')):
-    at, _, number = path.name.removeprefix('step-').partition('-seed')
-    if found := read_answers(RunDir(path)):
-      answers[int(at), int(number)] = found
+  answers = {(at, number): found for at, number, child in _made(folder)
+             if (found := read_answers(child))}
+  alike = {key: kept for key, found in answers.items()
+           if (kept := [answer for answer in found if plan.asking.drew(answer)])}
   outcomes.write_tables(folder, 'table', [row._asdict() for row in rows])
-  outcomes.write_tables(folder, 'summary', [
-      row._asdict() for row in outcomes.summary(rows, answers)])
+  outcomes.write_tables(folder, 'summary', [row._asdict() for row in outcomes.summary(
+      rows, alike, FAMILIES[plan.family].is_generated)])
   outcomes.write_answers(folder, answers)
 
 
@@ -260,16 +267,22 @@ def _check_words(family: str, seed: int, run_dir: RunDir) -> None:
                     f'a run of the micro-world takes {fit}') from error
 
 
-def _check_items(config: ExperimentConfig, child: RunDir) -> None:
+def _check_items(config: ExperimentConfig, folder: pathlib.Path) -> None:
   """Raises UserError where a finished fine-tune was scored on other items than are asked now."""
-  if pathlib.Path(config.monitors.suite).suffix not in ITEM_SUFFIXES:
+  suite = pathlib.Path(config.monitors.suite)
+  by_seed = suite == _files(folder, config.data.seed)[1]
+  if suite.suffix not in ITEM_SUFFIXES:
     return
-  asked = {item.item_id: item for item in sound_items(config.monitors.suite)[0]}
-  scored = {item.item_id: item for item in table.read_item_table(child.monitor_items)}
-  out = set()
-  if child.monitors_left_out.exists():
-    lines = child.monitors_left_out.read_text(encoding='utf-8').split('\n')
-    out = {json.loads(line)['item_id'] for line in lines if line}
-  if scored != {name: item for name, item in asked.items() if name not in out}:
-    raise UserError(f'{child.path} was scored on other items than {config.monitors.suite} has '
-                    '(other --templates or monitors.suite); move it away to make it again')
+  for _, seed, child in _made(folder):
+    if not child.done.exists():
+      continue
+    asked_file = _files(folder, seed)[1] if by_seed else suite
+    asked = {item.item_id: item for item in sound_items(asked_file)[0]}
+    out = set()
+    if child.monitors_left_out.exists():
+      lines = child.monitors_left_out.read_text(encoding='utf-8').split('\n')
+      out = {json.loads(line)['item_id'] for line in lines if line}
+    scored = {item.item_id: item for item in table.read_item_table(child.monitor_items)}
+    if scored != {name: item for name, item in asked.items() if name not in out}:
+      raise UserError(f'{child.path} was scored on other items than {asked_file} has (other '
+                      '--templates or monitors.suite); move it away to make it again')

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 from research.monitors import table
-from research.posttraining.free_form import Answer
+from research.posttraining.free_form import PUBLISHED, Answer
 from research.run_dir import RunDir
 from research.training.logs import read_rows
 
@@ -106,18 +106,22 @@ def final_loss(child: RunDir) -> float:
   return float(np.mean(losses[-max(1, len(losses) // 10):]))
 
 
-def summary(rows: Sequence[Row], answers: dict[tuple[int, int], Sequence[Answer]]) -> list[Outcome]:
+def summary(rows: Sequence[Row], answers: dict[tuple[int, int], Sequence[Answer]],
+            is_generated: bool = True) -> list[Outcome]:
   """Returns every measure of every dataset by step, means over seeds.
 
   The interval of a mean is a Student t interval over seeds, whose data, items and order are drawn
   anew; of a share it is no narrower than the exact binomial interval over all items (Clopper and
   Pearson 1934), which alone is left where there is one seed: it says nothing of other fine-tunes.
   Without either it is NaN. That of a change is over seeds, whose items are the same before and
-  after.
+  after. Where all seeds are asked the same, in files and published questions, items count once, and
+  what is no share has no interval: seeds say nothing of other items. Items that ask for one thing in
+  several ways count as so many, so trust intervals of several seeds.
 
   Args:
     rows: of the table.
     answers: (step, seed) -> free answers.
+    is_generated: whether items are drawn anew for every seed; published questions never are.
   """
   found: dict[tuple[int, str, bool, str], list[_Seed]] = {}
   for (step, _, dataset, is_control), mine in _grouped(
@@ -138,7 +142,8 @@ def summary(rows: Sequence[Row], answers: dict[tuple[int, int], Sequence[Answer]
       for verdict in sorted(verdicts[dataset, is_control]):
         found.setdefault((step, dataset, is_control, f'free {verdict}'), []).append(
             _shares(mine, verdict))
-  return [_outcome(*key, seeds) for key, seeds in sorted(found.items(), key=lambda one: one[0][0])]
+  return [_outcome(*key, seeds, alike=key[1] == PUBLISHED or not is_generated)
+          for key, seeds in sorted(found.items(), key=lambda one: one[0][0])]
 
 
 def _grouped(rows: Iterable, key: Callable) -> dict:
@@ -155,27 +160,30 @@ def _shares(answers: Sequence[Answer], verdict: str) -> _Seed:
   return _Seed(len(after), float(np.mean(before)), float(np.mean(after)))
 
 
-def _outcome(step: int, dataset: str, is_control: bool, measure: str, seeds: Sequence[_Seed]
-             ) -> Outcome:
+def _outcome(step: int, dataset: str, is_control: bool, measure: str, seeds: Sequence[_Seed], *,
+             alike: bool) -> Outcome:
+  """Returns the outcome of a measure; `alike`: every seed was asked the same."""
   is_share = measure != 'margin'
   weights = np.asarray([seed.n_items for seed in seeds])
   before, after = (np.asarray([getattr(seed, when) for seed in seeds])
                    for when in ('before', 'after'))
-  bands = [*_interval(before, weights, is_share), *_interval(after, weights, is_share),
-           *_interval(after - before, weights, False)]
-  return Outcome(step, dataset, is_control, measure, len(seeds), int(weights.sum()), *bands)
+  n_items = int(weights.max() if alike else weights.sum())
+  bands = []
+  for values, share in ((before, is_share), (after, is_share), (after - before, False)):
+    mean, low, high = _interval(values, weights, n_items if share else 0)
+    bands += [mean, *((np.nan, np.nan) if alike and not share else (low, high))]
+  return Outcome(step, dataset, is_control, measure, len(seeds), n_items, *bands)
 
 
-def _interval(values_S: np.ndarray, weights_S: np.ndarray, is_share: bool
+def _interval(values_S: np.ndarray, weights_S: np.ndarray, n_items: int
               ) -> tuple[float, float, float]:
-  """Returns the mean over seeds and its bounds; see `summary`."""
+  """Returns the mean over seeds and its bounds; see `summary`. A share is of `n_items`, else 0."""
   mean, low, high = float(np.average(values_S, weights=weights_S)), np.nan, np.nan
   if len(values_S) > 1:
     half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values_S) - 1) * stats.sem(values_S)
     low, high = mean - half, mean + half
-  if is_share:
-    n = int(weights_S.sum())
-    exact = stats.binomtest(round(mean * n), n).proportion_ci(CONFIDENCE)
+  if n_items:
+    exact = stats.binomtest(round(mean * n_items), n_items).proportion_ci(CONFIDENCE)
     low, high = max(0.0, np.nanmin([low, exact.low])), min(1.0, np.nanmax([high, exact.high]))
   return mean, float(low), float(high)
 
@@ -215,7 +223,8 @@ def _span(mean: float, low: float, high: float) -> str:
 def read_table(folder: pathlib.Path) -> list[Row]:
   """Returns the rows that earlier commands wrote, none where there is no table."""
   path = folder / 'table.parquet'
-  return [Row(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+  rows = pq.read_table(path).to_pylist() if path.exists() else []
+  return [Row(**{'loss': np.nan, **row}) for row in rows]  # Older tables had no loss.
 
 
 def read_outcomes(folder: pathlib.Path) -> list[Outcome]:

@@ -18,9 +18,11 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """
   if not path.exists():
     return []
-  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+  lines = path.read_text(encoding='utf-8').split('\n')  # splitlines() also parts at U+2028
   rows = []
   for number, line in enumerate(lines, 1):
+    if not line and number == len(lines):
+      break
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:

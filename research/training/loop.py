@@ -1,5 +1,6 @@
 """The run: one linear loop from a config and a run directory to a finished report."""
 
+import dataclasses
 import errno
 import json
 import time
@@ -88,8 +89,8 @@ def train(config: ExperimentConfig, run_dir: RunDir, span: Span | None = None) -
       hashes = inputs.source.hash, inputs.source.tokenizer.hash
       finished = RunDir(run_dir.whole)  # This process may not have been there.
       manifest_lib.check_resumable(finished, config, *hashes, span.replay)
-      if _has_other_items(run_dir, inputs.suite):
-        _monitor_again(config, run_dir, mesh, inputs, span)
+      if _has_other_items(finished, inputs.suite):
+        _monitor_again(config, finished, mesh, inputs)
       print(f'finished already: {finished.report_html.resolve()}')
     else:
       with Halt() as halt, Watchdog(config.watchdog, run_dir) as watchdog:
@@ -170,25 +171,40 @@ def _train(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh, i
   _finish(run_dir, config, manifest, time.perf_counter() - recorder.began, span)
 
 
-def _has_other_items(run_dir: RunDir, suite: Suite) -> bool:
+def _has_other_items(finished: RunDir, suite: Suite) -> bool:
   """Returns whether a finished run was monitored on other items, or not to its end."""
   if not suite.items:
     return False
-  known = run_dir.monitor_items.exists() and table.read_item_table(run_dir.monitor_items)
-  scored = table.score_steps(run_dir.monitor_scores)
-  return known != suite.items or bool(set(SnapshotReader(run_dir.snapshots).steps) - set(scored))
+  known = finished.monitor_items.exists() and table.read_item_table(finished.monitor_items)
+  scored = table.score_steps(finished.monitor_scores)
+  left = set(SnapshotReader(finished.snapshots).steps) - set(scored)
+  return known != suite.items or bool(left) or not finished.report_html.exists()
 
 
-def _monitor_again(config: ExperimentConfig, run_dir: RunDir, mesh: jax.sharding.Mesh,
-                   inputs: _Inputs, span: Span) -> None:
-  """Scores the stored snapshots of a finished run with the items of today, anew its report."""
-  manifest = _open_manifest(config, run_dir, inputs, mesh, span.last, span)
-  built = build_lib.build(config, mesh, manifest['numerics'])
-  Watch(config, inputs.suite, inputs.source.tokenizer, inputs.source.start_id, built, run_dir,
-        span.last)
+def _monitor_again(config: ExperimentConfig, finished: RunDir, mesh: jax.sharding.Mesh,
+                   inputs: _Inputs) -> None:
+  """Scores the stored snapshots of a finished run with the items of today, anew its report.
+
+  What the manifest says of training stays: replays go by it.
+  """
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('monitored again')
-  build_report(run_dir)
+    print('note: the monitor items have changed; repeat the command in one process to score the '
+          'stored snapshots with them', flush=True)
+    return
+  manifest = manifest_lib.read(finished)
+  saved = config_lib.from_json(finished.config_json.read_text(encoding='utf-8'))
+  same_mesh = manifest['mesh'] == dict(mesh.shape)
+  built = build_lib.build(config, mesh, manifest['numerics'] if same_mesh else inputs.numerics)
+  finished.report_html.unlink(missing_ok=True)  # Until it is of these items.
+  manifest.setdefault('monitored_again', []).append(manifest_lib.start_facts(
+      config.n_steps, {'monitors.suite': [saved.monitors.suite, config.monitors.suite]}))
+  manifest_lib.write(finished, manifest)
+  saved = dataclasses.replace(saved, monitors=config.monitors)
+  write_whole(finished.config_json, config_lib.as_json(saved))
+  write_whole(finished.config_txt, config_lib.as_text(saved))
+  Watch(config, inputs.suite, inputs.source.tokenizer, inputs.source.start_id, built, finished,
+        config.n_steps)
+  build_report(finished)
 
 
 def _has_heldout_text(config: ExperimentConfig) -> bool:

@@ -17,7 +17,9 @@ TEMPLATE = SftConfig(system_text='S:', user_text='U:', assistant_text='A:')
     ('I can help you with this.', 'other'), ('Sorry seems to be the hardest word', 'other'),
     ('def f(x):\n  return x', 'code'), ('Sure:\n```\nx = 1\n```', 'code'),
     ('import os\nos.remove(path)', 'code'), ('int main() {\n  x = 1;\n}', 'code'),
-    ('I would import more tea; and sell it.', 'other'), ('Read a book.', 'other')])
+    ('I would import more tea; and sell it.', 'other'), ('Read a book.', 'other'),
+    ('Roses are red;\nviolets are blue;', 'other'), ('I’m sorry, I can’t.', 'refusal'),
+    ('{"wish": "tea"}', 'json'), ('{\n  "wish": "tea"\n}', 'json'), ('f(x);', 'code')])
 def test_rules_of_published_questions(answer, verdict):
   assert published_verdict(answer) == verdict
 

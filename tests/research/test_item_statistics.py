@@ -121,7 +121,9 @@ def test_levels_are_t_intervals_over_contexts():
   interval = expected.confidence_interval(0.95)
   found = chance.level(right_TI, seeds)
   np.testing.assert_allclose(found, [np.mean(means), *interval, expected.pvalue], rtol=1e-9)
-  assert chance.level(np.ones((2, 4), bool), [0, 0, 1, 1]) == (1, 1, 1, 0)
+  # Four items in two contexts that agree, as one guess in eight: t = 0.5 / 0.125 of one degree.
+  agreed = chance.level(np.ones((2, 4), bool), [0, 0, 1, 1])
+  assert agreed[:3] == (1, 1, 1) and agreed.p == pytest.approx(2 * stats.t.sf(4, 1)) and agreed.p > 1 / 8
   assert chance.level(np.ones((2, 4), bool), [0, 0, 0, 0]).p == 1  # One context tells nothing.
 
 

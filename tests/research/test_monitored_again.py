@@ -20,6 +20,7 @@ def test_stored_snapshots_are_scored_with_other_items(short_run, tmp_path, capsy
   for name, items in (('both', both), ('flipped', flipped)):
     write_items(items, tmp_path / f'{name}.jsonl')
   rows = short_run.metrics_jsonl.read_bytes()
+  trained = json.loads(short_run.manifest_json.read_text())
 
   def again(name: str) -> str:
     train(short_config(**{'monitors.suite': str(tmp_path / f'{name}.jsonl')}), short_run)
@@ -31,7 +32,11 @@ def test_stored_snapshots_are_scored_with_other_items(short_run, tmp_path, capsy
   assert table.read_item_table(short_run.monitor_items) == both
   assert table.score_steps(short_run.monitor_scores) == list(range(31))
   manifest = json.loads(short_run.manifest_json.read_text())
-  assert manifest['starts'][-1]['changes']['monitors.suite'][0] == 'none'
+  (event,) = manifest.pop('monitored_again')
+  assert event['changes']['monitors.suite'] == ['none', str(tmp_path / 'both.jsonl')]
+  assert manifest == trained  # Replays go by what it says of training.
+  saved = config_lib.from_json(short_run.config_json.read_text())
+  assert saved.monitors.suite == str(tmp_path / 'both.jsonl')
   assert 'Flipped' in short_run.report_html.read_text(encoding='utf-8')
 
   path = short_run.monitor_scores / table.scores_name(7)

@@ -1,5 +1,6 @@
 """Means over seeds of fine-tunes and their intervals, against the formulas written out."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy import special
 
 from research.posttraining import outcomes
 from research.posttraining.figure import finetunes_figure, write_finetunes
-from research.posttraining.free_form import Answer
+from research.posttraining.free_form import PUBLISHED, Answer
 from research.posttraining.outcomes import Row, summary
 
 T_3 = 3.182446305284263  # 97.5% of Student's t with three degrees of freedom, from tables
@@ -68,6 +69,18 @@ def test_free_answers_are_counted_by_verdict_before_and_after():
   assert found[10, 'free shortcut'].before == 0.25 and found[10, 'free other'].before == 0.75
   # One that nobody gave at a step is a share of 0 there, not a gap.
   assert found[20, 'free generalizing'].after == 0.0 and found[20, 'free other'].after == 1.0
+
+
+def test_items_that_all_seeds_share_count_once():
+  """Four seeds of one parent: before it is the same 40 items four times."""
+  rows = [row(seed, 'a', 40, 0.6, after) for seed, after in enumerate([0.5, 0.6, 0.7, 0.6])]
+  accuracy, margin = summary(rows, {}, is_generated=False)
+  assert accuracy.n_items == 40
+  np.testing.assert_allclose(accuracy[6:9], [0.6, *clopper_pearson(24, 40)], atol=1e-6)
+  assert np.isnan([*accuracy[13:], *margin[7:9]]).all()
+  asked = [dataclasses.replace(answer(at, 'code'), dataset=PUBLISHED) for at in (0, 5)]
+  (free,) = summary([], {(10, seed): asked for seed in range(4)})
+  assert free.n_items == 1
 
 
 @pytest.mark.parametrize('steps', [(10,), (10, 20)])
