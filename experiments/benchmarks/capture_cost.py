@@ -14,14 +14,13 @@ of fewer steps the detector cannot judge a steep rise, which is then captured, a
 
 import json
 import pathlib
-import tempfile
 import time
 
 from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import estimate, machine, table
-from experiments.benchmarks.timing_rows import pretrain, window
+from experiments.benchmarks.timing_rows import interleaved, pretrain, window
 from research.dynamics import captures
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
@@ -37,11 +36,11 @@ ROUNDS = flags.DEFINE_integer('rounds', 3, 'interleaved rounds of two runs', low
 JSON = flags.DEFINE_string('json', '', 'also write everything measured to this file')
 
 
-def run(run_dir: RunDir, budget: int) -> dict[str, float]:
+def run(way: str, run_dir: RunDir) -> dict[str, float]:
   """Returns the seconds of one run and what it left."""
   whole = pretrain(EXPERIMENT.value, run_dir, {
       'n_steps': STEPS.value, 'checkpoints.every': EVERY.value, 'checkpoints.keep': KEEP.value,
-      'monitors.captures': budget})
+      'monitors.captures': CAPTURES.value if way == 'with' else 0})
   began = time.perf_counter()
   n_chosen = len(captures.chosen(run_dir))
   searched = time.perf_counter() - began
@@ -74,23 +73,15 @@ def report(rounds: list[dict[str, dict[str, float]]]) -> str:
       ['hops, and changes that the detector cannot judge', f'{last["chosen"]}'],
       [f'captures made, of at most {CAPTURES.value}', f'{last["captures"]}'],
       [f'full checkpoints beside the latest {KEEP.value}',
-       f'{last["checkpoints"] - KEEP.value}']])
+       f'{max(0, last["checkpoints"] - KEEP.value)}']])
 
 
 def main() -> None:
   if SKIP.value >= STEPS.value:
     raise UserError(f'--skip={SKIP.value} leaves none of --steps={STEPS.value}')
-  facts, rounds = machine(), []
+  facts = machine()
   print(facts, flush=True)
-  for i in range(ROUNDS.value):
-    measured = {}
-    for way in ('with', 'without')[::1 if i % 2 == 0 else -1]:
-      with tempfile.TemporaryDirectory(prefix='modehop-captures-') as folder:
-        run_dir = RunDir(pathlib.Path(folder) / 'run')
-        measured[way] = run(run_dir, CAPTURES.value if way == 'with' else 0)
-      print(f'round {i + 1} of {ROUNDS.value}, {way}: {measured[way]["window"]:.1f} s of '
-            f'{measured[way]["command"]:.1f} s', flush=True)
-    rounds.append(measured)
+  rounds = interleaved(('with', 'without'), ROUNDS.value, run)
   print(report(rounds))
   if any(row['with']['captures'] for row in rounds):
     print('Something was captured: these figures are not of a run in which nothing hops.')

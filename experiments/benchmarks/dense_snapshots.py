@@ -13,7 +13,6 @@ takes in one call. A full checkpoint is written at the end of both, after the wi
 
 import json
 import pathlib
-import tempfile
 import time
 from typing import Any
 
@@ -21,7 +20,8 @@ from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import estimate, machine, table
-from experiments.benchmarks.timing_rows import NEVER, beside_snapshots, pretrain, window
+from experiments.benchmarks.timing_rows import (
+    NEVER, beside_snapshots, interleaved, pretrain, window)
 from research.dynamics.trajectory import open_trajectory
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
@@ -41,17 +41,18 @@ def skipped() -> int:
   return max(1, SNAPSHOTS.value // 20) * EVERY.value
 
 
-def run(folder: pathlib.Path, every: int) -> dict[str, float]:
+def run(way: str, run_dir: RunDir) -> dict[str, Any]:
   """Returns seconds between step --skip and the last of a run, in all and by phase."""
-  run_dir, n_steps = RunDir(folder), SNAPSHOTS.value * EVERY.value
+  every, n_steps = EVERY.value if way == 'with' else 0, SNAPSHOTS.value * EVERY.value
   settings = {'n_steps': n_steps, 'monitors.suite': 'none', 'evals.every': 0,
               'checkpoints.every': NEVER, 'checkpoints.snapshot_every': every}
   pretrain(EXPERIMENT.value, run_dir, settings)
   rows = read_rows(run_dir.timings_jsonl)
   hashing = ('hash_seconds', 'batch_hash_seconds')
-  beside = {'beside': beside_snapshots(rows, every, skipped())} if every else {}
-  return {'all': window(rows, skipped()), 'save': window(rows, skipped(), 'save_seconds'),
-          'hash': sum(window(rows, skipped(), phase) for phase in hashing), **beside}
+  more = {'beside': beside_snapshots(rows, every, skipped()), 'storage': storage(run_dir)
+          } if every else {}
+  return {'window': window(rows, skipped()), 'save': window(rows, skipped(), 'save_seconds'),
+          'hash': sum(window(rows, skipped(), phase) for phase in hashing), **more}
 
 
 def storage(run_dir: RunDir) -> dict[str, Any]:
@@ -71,20 +72,22 @@ def storage(run_dir: RunDir) -> dict[str, Any]:
           'snapshots': len(trajectory.steps), 'reads': reads}
 
 
-def report(rounds: list[dict[str, dict[str, float]]], stored: dict[str, Any]) -> str:
+def report(rounds: list[dict[str, dict[str, Any]]]) -> str:
   """Returns the tables."""
+  stored = rounds[-1]['with']['storage']
   n_counted = SNAPSHOTS.value - skipped() // EVERY.value
   def middle(of, unit: str) -> str:
     found = estimate([of(row['with'], row['without']) for row in rounds])
     return f'{found.median:{unit}} ({found.low:{unit}} to {found.high:{unit}})'
   costs = [
-      ['wall time with / without - 1', middle(lambda a, b: a['all'] / b['all'] - 1, '+.1%')],
+      ['wall time with / without - 1', middle(lambda a, b: a['window'] / b['window'] - 1, '+.1%')],
       ['steps beside a snapshot / others of the run - 1, over all steps',
        middle(lambda a, b: a['beside'], '+.1%')],
-      ['ms per snapshot', middle(lambda a, b: 1e3 * (a['all'] - b['all']) / n_counted, '+.2f')],
-      ["the run's own clock: saving", middle(lambda a, b: a['save'] / b['all'], '.2%')],
+      ['ms per snapshot',
+       middle(lambda a, b: 1e3 * (a['window'] - b['window']) / n_counted, '+.2f')],
+      ["the run's own clock: saving", middle(lambda a, b: a['save'] / b['window'], '.2%')],
       ["the run's own clock: hashing, of snapshots and batches",
-       middle(lambda a, b: a['hash'] / b['all'], '.2%')],
+       middle(lambda a, b: a['hash'] / b['window'], '.2%')],
       ['snapshots', f'{stored["snapshots"]:,}'],
       ['bytes', f'{stored["bytes"]:,}'], ['files', f'{stored["files"]:,}']]
   reads = [[name, str(read['shape']), f'{1e3 * read["second"]:.0f}', f'{1e3 * read["first"]:.0f}']
@@ -96,23 +99,13 @@ def report(rounds: list[dict[str, dict[str, float]]], stored: dict[str, Any]) ->
 
 
 def main() -> None:
-  facts, rounds, stored = machine(), [], {}
+  facts = machine()
   print(facts, flush=True)
-  for i in range(ROUNDS.value):
-    measured = {}
-    for way in ('with', 'without')[::1 if i % 2 == 0 else -1]:
-      with tempfile.TemporaryDirectory(prefix='modehop-dense-') as folder:
-        path = pathlib.Path(folder) / 'run'
-        measured[way] = run(path, EVERY.value if way == 'with' else 0)
-        if way == 'with':
-          stored = storage(RunDir(path))
-      print(f'round {i + 1} of {ROUNDS.value}, {way}: {measured[way]["all"]:.1f} s', flush=True)
-    rounds.append(measured)
-  print(report(rounds, stored))
+  rounds = interleaved(('with', 'without'), ROUNDS.value, run)
+  print(report(rounds))
   if JSON.value:
     write_whole(pathlib.Path(JSON.value), json.dumps(
-        {'machine': facts, 'experiment': EXPERIMENT.value, 'rounds': rounds, 'storage': stored},
-        indent=2) + '\n')
+        {'machine': facts, 'experiment': EXPERIMENT.value, 'rounds': rounds}, indent=2) + '\n')
 
 
 if __name__ == '__main__':

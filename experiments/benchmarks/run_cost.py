@@ -14,13 +14,12 @@ checkpoints 600), so that the window holds everything in the right proportion.
 
 import json
 import pathlib
-import tempfile
 
 from absl import flags
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.estimates import Estimate, estimate, machine, table
-from experiments.benchmarks.timing_rows import NEVER, pretrain, window
+from experiments.benchmarks.timing_rows import NEVER, interleaved, pretrain, window
 from research.errors import UserError
 from research.run_dir import RunDir, write_whole
 from research.training.logs import read_rows
@@ -80,17 +79,9 @@ def _report(rounds: list[dict[str, dict[str, float]]]) -> str:
 def main() -> None:
   if SKIP.value >= STEPS.value:
     raise UserError(f'--skip={SKIP.value} leaves none of --steps={STEPS.value}')
-  facts, rounds = machine(), []
+  facts = machine()
   print(facts, flush=True)
-  for i in range(ROUNDS.value):
-    ways = list(WAYS)[i % 3:] + list(WAYS)[:i % 3]
-    measured = {}
-    for way in ways:
-      with tempfile.TemporaryDirectory(prefix='modehop-cost-') as folder:
-        measured[way] = _run(way, RunDir(pathlib.Path(folder) / 'run'))
-      print(f'round {i + 1} of {ROUNDS.value}, with {way}: {measured[way]["window"]:.1f} s of '
-            f'{measured[way]["command"]:.1f} s', flush=True)
-    rounds.append(measured)
+  rounds = interleaved(list(WAYS), ROUNDS.value, _run)
   coverage = estimate([0.0] * ROUNDS.value).coverage
   print(f'\n{EXPERIMENT.value}: medians of {ROUNDS.value} interleaved rounds; in brackets the '
         f'order-statistic interval that covers the median with probability {coverage:.1%}.\n')

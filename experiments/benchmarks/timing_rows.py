@@ -1,9 +1,12 @@
 """Runs of launchers.pretrain, and what their timing rows say about a stretch of steps."""
 
+import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from research.errors import UserError
@@ -28,6 +31,23 @@ def pretrain(experiment: str, run_dir: RunDir, settings: dict[str, Any]) -> floa
     raise UserError(f'{" ".join(command)} failed with code {finished.returncode}: '
                     f'{finished.stderr.strip()[-2000:]}')
   return time.perf_counter() - start
+
+
+def interleaved(ways: Sequence[str], n_rounds: int, run: Callable[[str, RunDir], dict[str, Any]]
+                ) -> list[dict[str, dict[str, Any]]]:
+  """Returns what `run` measured by way, per round; says the seconds of each `window`.
+
+  Every round begins with another way, and every run has a directory that goes when it is over.
+  """
+  rounds = []
+  for i in range(n_rounds):
+    measured, first = {}, i % len(ways)
+    for way in (*ways[first:], *ways[:first]):
+      with tempfile.TemporaryDirectory(prefix='modehop-timing-') as folder:
+        measured[way] = run(way, RunDir(pathlib.Path(folder) / 'run'))
+      print(f'round {i + 1} of {n_rounds}, {way}: {measured[way]["window"]:.1f} s', flush=True)
+    rounds.append(measured)
+  return rounds
 
 
 def window(rows: list[dict[str, Any]], skip: int, phase: str = '') -> float:

@@ -37,11 +37,6 @@ class EncodedItem:
   def texts(self) -> tuple[Tokens, Tokens]:
     return self.generalizing, self.shortcut
 
-  @property
-  def in_one_row(self) -> bool:
-    """Whether both answers are read in one row; see `read_together`."""
-    return len(read_together(self.texts)) == 1
-
 
 def encode_item(item: MonitorItem, tokenizer: Tokenizer, start_id: int | None = None
                 ) -> EncodedItem:

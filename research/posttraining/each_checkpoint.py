@@ -274,8 +274,8 @@ def _check_items(config: ExperimentConfig, folder: pathlib.Path) -> None:
   if suite.suffix not in ITEM_SUFFIXES:
     return
   for _, seed, child in _made(folder):
-    if not child.done.exists():
-      continue
+    if not (child.done.exists() and child.monitor_items.exists()):
+      continue  # One that was not asked is asked when its turn comes.
     asked_file = _files(folder, seed)[1] if by_seed else suite
     asked = {item.item_id: item for item in sound_items(asked_file)[0]}
     out = set()

@@ -11,7 +11,7 @@ from research.data.microworld import MicroworldConfig
 from research.data.microworld.words import WORDS
 from research.errors import UserError
 from research.monitors.buckets import make_buckets
-from research.monitors.encoding import encode_item, encode_items
+from research.monitors.encoding import encode_item, encode_items, read_together
 from research.monitors.items import MonitorItem
 from research.monitors.microworld_items import microworld_items
 
@@ -53,7 +53,7 @@ def test_scored_spans_complete_the_texts(tokenizer, prompt, good, short):
 def test_a_token_across_the_boundary_belongs_to_both_answers():
   clean = encode_item(item('the answer is', ' good', ' bad'), BPE)
   across = encode_item(item('the answer is ', 'good', 'bad'), BPE)
-  assert not clean.straddles and clean.in_one_row
+  assert not clean.straddles and len(read_together(clean.texts)) == 1
   assert across.straddles
   # the same text in the end, so the same tokens are scored
   assert (across.generalizing, across.shortcut, across.n_prompt) == (
@@ -168,7 +168,7 @@ def test_buckets_of_answers_of_many_lengths():
 def test_the_micro_world_suite_is_cheap():
   items = microworld_items(MicroworldConfig(), 64)
   encoded = encode_items(items, WORD, 64)
-  assert all(e.in_one_row and not e.straddles for e in encoded)
+  assert all(len(read_together(e.texts)) == 1 and not e.straddles for e in encoded)
   buckets = make_buckets(encoded, context_length=64, batch_rows=256)
   # a forward token costs a third of a training token: 10k of these are 30k here
   n_tokens = sum(b.n_tokens for b in buckets)
